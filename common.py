@@ -1,0 +1,713 @@
+"""Small helpers shared by the five scripts: nothing here is what a method is about.
+
+In this order: modalities, Gaussian algebra, likelihoods, the chores of a run, networks.
+
+Notation: M modalities, B examples, D latent dimensions, S subsets of modalities. A batch is
+`(x, observed)`: x maps each modality's name to a tensor (B, *shape), observed is a (B, M) boolean
+mask, or None where everything is observed.
+"""
+
+import argparse
+import contextlib
+import csv
+import functools
+import inspect
+import io
+import itertools
+import json
+import math
+import os
+import pickle
+import platform
+import shutil
+import subprocess
+import sys
+import time
+import zipfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import sklearn
+import torch
+import torch.distributed
+import torch.nn.functional as F
+from torch import nn
+from torch.distributions import Bernoulli, Categorical, Independent, Laplace, Normal
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+# ---------------------------------------------------------------------------------- modalities
+
+
+class UserError(ValueError):
+    """A mistake of the person at the keyboard; `command` turns it into one line, exit code 2."""
+
+
+LIKELIHOODS = ("laplace", "normal", "bernoulli", "categorical")
+
+
+@dataclass(frozen=True)
+class Modality:
+    """One kind of data: what it looks like, how it is scored, which networks read and write it.
+
+    shape is the shape of one example as `encoder` receives it; a categorical modality holds
+    integers below `categories` (a class label has shape (), a text of 8 symbols shape (8,)).
+    scale is the fixed scale of a Laplace or Normal likelihood, weight the factor λ of the
+    log-likelihood in every objective (never in a reported log-likelihood), network a key of
+    NETWORKS at the end of this file.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    likelihood: str = "laplace"
+    scale: float = 0.75
+    weight: float = 1.0
+    network: str = "conv"
+    categories: int = 0
+
+    def __post_init__(self):
+        def require(holds, field, allowed):
+            if not holds:
+                value = getattr(self, field)
+                raise UserError(f"modality {self.name!r}: {field} is {value!r}, must be {allowed}")
+
+        object.__setattr__(self, "shape", tuple(self.shape))
+        # Result keys join names by "+" and "/", so a name is a plain word.
+        require(str(self.name).isidentifier(), "name", "letters, digits and underscores")
+        require(all(isinstance(n, int) and n > 0 for n in self.shape), "shape", "positive integers")
+        require(self.likelihood in LIKELIHOODS, "likelihood", "one of " + ", ".join(LIKELIHOODS))
+        require(0 < self.scale < math.inf, "scale", "positive")
+        require(0 <= self.weight < math.inf, "weight", "at least 0")
+        require(self.network in NETWORKS, "network", "one of " + ", ".join(NETWORKS))
+        if self.likelihood == "categorical":
+            require(self.categories > 1, "categories", "at least 2 for a categorical likelihood")
+
+    @property
+    def parameter_shape(self):
+        """Shape of the likelihood's parameters: the logits have one more dimension."""
+        categorical = self.likelihood == "categorical"
+        return self.shape + (self.categories,) if categorical else self.shape
+
+
+# ---------------------------------------------------------------------------- Gaussian algebra
+
+# exp(30) and its square stay far inside float32, and so do the products of the two bounds that
+# the functions below form; without them a log-variance past 88 ends in inf and then in NaN.
+MAX_LOGVAR = 30.0
+MAX_MEAN = 1e10
+
+
+def bounded(mu, logvar):
+    """mu and logvar in float32 at least, clamped to where exp, squares and sums stay finite."""
+    dtype = torch.promote_types(mu.dtype, torch.float32)
+    return (
+        mu.to(dtype).clamp(-MAX_MEAN, MAX_MEAN),
+        logvar.to(dtype).clamp(-MAX_LOGVAR, MAX_LOGVAR),
+    )
+
+
+def subset_masks(M):
+    """All non-empty subsets of M modalities as a (2^M - 1, M) mask, by size, the full set last."""
+    subsets = [s for size in range(1, M + 1) for s in itertools.combinations(range(M), size)]
+    return torch.tensor([[i in subset for i in range(M)] for subset in subsets])
+
+
+def product_of_gaussians(mu, logvar, mask=None, prior_expert=False):
+    """Product of diagonal Gaussian experts, for all subsets in one matrix product.
+
+    T_i = 1 / var_i, T = sum T_i, mean sum T_i mu_i / T, variance 1 / T
+    (Wu & Goodman 2018, Section 2; Sutter et al. 2021, Definition 1).
+
+    mu, logvar: (M, ..., D). mask: (S, M) for S subsets, or (S, M, B) where the subset differs from
+    example to example and the experts are (M, B, D); None is the full set. prior_expert adds the
+    universal expert N(0, I). Returns mean and log-variance, (S, ..., D) each, without mask (..., D).
+    Every subset needs at least one expert.
+    """
+    mu, logvar = bounded(mu, logvar)
+    with torch.autocast(mu.device.type, enabled=False):
+        precision = torch.exp(-logvar)
+        if mask is None:
+            total, weighted = precision.sum(0), (precision * mu).sum(0)
+        else:
+            equation = "sm,m...->s..." if mask.ndim == 2 else "smb,mbd->sbd"
+            mask = mask.to(precision)
+            total = torch.einsum(equation, mask, precision)
+            weighted = torch.einsum(equation, mask, precision * mu)
+        if prior_expert:
+            total = total + 1.0
+        return weighted / total, -torch.log(total)
+
+
+def quotient_of_gaussians(mu_p, logvar_p, mu_q, logvar_q):
+    """Quotient p / q of diagonal Gaussians, (..., D) each: mean and log-variance.
+
+    T = T_p - T_q, mean (T_p mu_p - T_q mu_q) / T (Wu & Goodman 2018, supplement, Section 3).
+    It is a density only where p is narrower than q; elsewhere T is clamped to exp(-30).
+    """
+    (mu_p, logvar_p), (mu_q, logvar_q) = bounded(mu_p, logvar_p), bounded(mu_q, logvar_q)
+    T_p, T_q = torch.exp(-logvar_p), torch.exp(-logvar_q)
+    T = (T_p - T_q).clamp(min=math.exp(-MAX_LOGVAR))
+    return (T_p * mu_p - T_q * mu_q) / T, -torch.log(T)
+
+
+def gaussian_kl(mu, logvar, mu_p=None, logvar_p=None):
+    """KL(N(mu, var) || N(mu_p, var_p)) in nats, summed over the last dimension; p is N(0, I) if
+    not given. mu, logvar: (..., D), result (...)."""
+    # Term by term: the sums are small, whereas every intermediate of the elements' own size (for
+    # all subsets at once) would go through memory.
+    mu, logvar = bounded(mu, logvar)
+    if mu_p is None:
+        return 0.5 * (logvar.exp().sum(-1) + mu.square().sum(-1) - logvar.sum(-1) - mu.shape[-1])
+    mu_p, logvar_p = bounded(mu_p, logvar_p)
+    ratio = logvar - logvar_p
+    distance = (mu - mu_p).square() * torch.exp(-logvar_p)
+    return 0.5 * (ratio.exp().sum(-1) + distance.sum(-1) - ratio.sum(-1) - mu.shape[-1])
+
+
+def log_mean_exp(x, dim):
+    """log of the mean of exp(x) over dim, without overflow."""
+    return torch.logsumexp(x, dim) - math.log(x.shape[dim])
+
+
+def gaussian(mu, logvar):
+    """The diagonal Gaussian with event shape (D,)."""
+    mu, logvar = bounded(mu, logvar)
+    return Independent(Normal(mu, torch.exp(0.5 * logvar), validate_args=False), 1, False)
+
+
+# --------------------------------------------------------------------------------- likelihoods
+
+
+def likelihood(modality, parameters):
+    """p(x_i | z) from a decoder's output (..., *parameter_shape), with event shape modality.shape."""
+    parameters = parameters.to(torch.promote_types(parameters.dtype, torch.float32))
+    if modality.likelihood == "laplace":
+        p = Laplace(parameters, modality.scale, validate_args=False)
+    elif modality.likelihood == "normal":
+        p = Normal(parameters, modality.scale, validate_args=False)
+    elif modality.likelihood == "bernoulli":
+        p = Bernoulli(logits=parameters, validate_args=False)
+    else:
+        p = Categorical(logits=parameters, validate_args=False)
+    return Independent(p, len(modality.shape), validate_args=False)
+
+
+def generated(p):
+    """The x that stands for a likelihood: its mean, the mode of a Categorical."""
+    return p.base_dist.mode if isinstance(p.base_dist, Categorical) else p.mean
+
+
+def hide(x, observed, modalities):
+    """x with zeros in place of what is not observed, so that it (NaN included) is never read."""
+    if observed is None:
+        return x
+    seen = {m.name: observed[:, i].view(-1, *[1] * len(m.shape)) for i, m in enumerate(modalities)}
+    return {name: torch.where(seen[name], x[name], 0) for name in x}
+
+
+# ------------------------------------------------------------------------------------- a run
+
+
+def fail(message):
+    """End the program with one line on standard error and exit code 2."""
+    print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(message).split())}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def command(main):
+    """Decorate a script's main: a user's mistake or a file's fault is one line and exit code 2,
+    Ctrl-C exit code 130, neither with a traceback."""
+
+    @functools.wraps(main)
+    def guarded(argv=None):
+        try:
+            return main(argv)
+        except UserError as error:
+            fail(error)
+        except OSError as error:
+            fail(f"{error.filename or 'input/output'}: {error.strerror or error}")
+        except KeyboardInterrupt:
+            raise SystemExit(130) from None
+
+    return guarded
+
+
+def number(kind, low, high=math.inf):
+    """A `type` for argparse: an int or float in [low, high]."""
+    sort = "a whole number" if kind is int else "a number"
+    limits = f"of at least {low}" if high == math.inf else f"from {low} to {high:g}"
+
+    def convert(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (low <= value <= high and math.isfinite(value)):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {sort} {limits}")
+        return value
+
+    return convert
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows the docstring as it is written, and every default, unless the help tells it."""
+
+    def _get_help_string(self, action):
+        return action.help if "(default" in action.help else super()._get_help_string(action)
+
+
+def parser(description, defaults):
+    """The options that every script has; defaults maps data sets to settings. Returns the parser
+    and its group of model options, to which a script adds its own."""
+    p = argparse.ArgumentParser(
+        description=description, formatter_class=Help, allow_abbrev=False, add_help=False
+    )
+    p.error = fail
+    add = p.add_argument_group("data").add_argument
+    add("--dataset", choices=list(defaults), default=next(iter(defaults)), help="data set")
+    add(
+        "--data-dir",
+        metavar="DIR",
+        default=os.environ.get("MULTIMODAL_DATA", "data"),
+        help="folder of the data, may be read-only (default: $MULTIMODAL_DATA, else data)",
+    )
+    add("--cache-dir", metavar="DIR", default="cache", help="folder for what is slow to build")
+    add("--data-seed", type=number(int, 0, 2**32 - 1), default=0, help="seed of pairings and crops")
+    add(
+        "--backgrounds",
+        metavar="DIR",
+        default="",
+        help="polymnist: folder of five background pictures (default: two photographs that "
+        "scikit-learn has and three generated pictures)",
+    )
+    add("--download", action="store_true", help="polymnist: fetch the authors' images from Zenodo")
+
+    model = p.add_argument_group("model")
+    add = model.add_argument
+    dimension = number(int, 0, 65536)
+    add("--latent-dim", type=number(int, 1, 65536), default=64, help="shared latent dimensions")
+    add("--private-dim", type=dimension, default=0, help="latent dimensions of each modality alone")
+    add("--beta", type=number(float, 0, 1e6), default=1.0, help="weight β of the KL term")
+
+    add = p.add_argument_group("training").add_argument
+    add("--epochs", type=number(int, 1, 10**6), default=100, help="passes over the training data")
+    add(
+        "--batch-size", type=number(int, 1, 10**7), default=256, help="tuples a step, all processes"
+    )
+    add("--lr", type=number(float, 0, 100), default=1e-3, help="learning rate of Adam")
+    add(
+        "--seed", type=number(int, 0, 2**32 - 1), default=0, help="seed of weights, order and noise"
+    )
+    add("--amp", action="store_true", help="run the networks in bfloat16")
+    add(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default="auto",
+        help="torch.compile, and on a GPU one CUDA graph a step; auto is on a GPU only",
+    )
+
+    add = p.add_argument_group("run").add_argument
+    add("-h", "--help", action="help", help="show this page, with the defaults of --dataset")
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto prefers cuda")
+    add("--runs-dir", metavar="DIR", default="runs", help="where the run's own folder is made")
+    add(
+        "--resume",
+        metavar="RUN",
+        default="",
+        help="go on with this run; only --epochs and --device may differ (default: a new run)",
+    )
+    add(
+        "--checkpoint-every",
+        metavar="SECONDS",
+        type=number(float, 0, 1e9),
+        default=60.0,
+        help="least time between checkpoints; the last epoch always has one",
+    )
+    add("--no-eval", action="store_true", help="leave out the evaluation at the end")
+    return p, model
+
+
+def parse(p, argv, defaults):
+    """The options, with the data set's settings as defaults or, with --resume, the run's own."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.error = fail
+    first.add_argument("--dataset")
+    first.add_argument("--resume")
+    chosen, _ = first.parse_known_args(argv)
+    if not chosen.resume:
+        p.set_defaults(**defaults.get(chosen.dataset or p.get_default("dataset"), {}))
+        return p.parse_args(argv)
+    saved = read_args(chosen.resume, "--resume ")
+    if saved.keys() != vars(p.parse_args([])).keys():
+        raise UserError(f"--resume {chosen.resume}: is not a run of {Path(sys.argv[0]).name}")
+    args = p.parse_args(argv, argparse.Namespace(**saved))
+    for name in saved.keys() - {"epochs", "device", "resume"}:
+        if getattr(args, name) != saved[name]:
+            option = "--" + name.replace("_", "-")
+            raise UserError(
+                f"{option} {getattr(args, name)}: the run to resume has {saved[name]}; "
+                "only --epochs and --device may differ"
+            )
+    return args
+
+
+def read_args(run, option=""):
+    """The options stored in a run's args.json, as a dict; `option` begins an error's line."""
+    path = Path(run) / "args.json"
+    try:
+        return json.loads(path.read_text())["options"]
+    except FileNotFoundError:
+        raise UserError(f"{option}{run}: is no run (it has no args.json)") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+        raise UserError(f"{option}{path}: is damaged") from None
+
+
+def parse_device(name, local=0):
+    """The device of --device auto, cpu or cuda; `local` numbers the GPUs of a host."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: there is no CUDA device here, use --device cpu")
+    cuda = name != "cpu" and torch.cuda.is_available()
+    return torch.device("cuda", local) if cuda else torch.device("cpu")
+
+
+def setup(args):
+    """(device, rank, world): this process's place among torchrun's; seeds the weights."""
+    variables = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
+    rank, world, local = (int(os.environ.get(name, value)) for name, value in variables)
+    device = parse_device(args.device, local)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if args.batch_size % world:
+        raise UserError(f"--batch-size {args.batch_size}: must divide among {world} processes")
+    if world > 1:
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    torch.manual_seed(args.seed)
+    return device, rank, world
+
+
+def seed_of(*numbers):
+    """One seed made of several numbers: (seed, epoch) for the order, (seed, epoch, rank) for noise."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+
+
+def open_run(args, script, source, start=0):
+    """The run's folder with its args.json, and a TensorBoard writer into it.
+
+    A new folder <runs-dir>/<dataset>__<script>__<seed>__<timestamp>, or that of --resume with its
+    logs cut to `start` epochs.
+    """
+    if args.resume:
+        run = Path(args.resume)
+        rows = (run / "metrics.csv").read_text().splitlines(keepends=True)
+        replace(run / "metrics.csv", "".join(rows[: start + 1]).encode())
+    else:
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        name = stem = f"{args.dataset}__{Path(script).stem}__{args.seed}__{stamp}"
+        for attempt in itertools.count(2):
+            run = Path(args.runs_dir) / name
+            try:
+                run.mkdir(parents=True)
+                break
+            except FileExistsError:
+                if not Path(args.runs_dir).is_dir():
+                    raise
+                name = f"{stem}-{attempt}"
+    facts = {
+        "options": vars(args) | {"resume": ""},
+        "source": source,
+        "git": git_revision(),
+        "versions": {"python": platform.python_version()}
+        | {module.__name__: module.__version__ for module in (torch, np, sklearn)},
+        "threads": torch.get_num_threads(),
+    }
+    replace(run / "args.json", (json.dumps(facts, indent=2) + "\n").encode())
+    return run, SummaryWriter(run, purge_step=start + 1)
+
+
+def git_revision():
+    """The commit this file is at, "-dirty" when it was changed since, "unknown" outside git."""
+    describe = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        found = subprocess.run(
+            describe, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return found.stdout.strip()
+
+
+def replace(path, content):
+    """Write bytes to path so that it holds the old content or the new, never a part."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:  # a full disk names no file
+        raise OSError(error.errno, error.strerror, str(path)) from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_checkpoint(run, model, optimizer, epoch, config):
+    """Write run/checkpoint.pt: which class of which script with which arguments, and its state."""
+    state = {
+        "script": Path(inspect.getfile(type(model))).stem,
+        "class": type(model).__name__,
+        "kwargs": config,
+        "modalities": [asdict(m) for m in model.modalities],
+        "epoch": epoch,
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+    }
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    replace(run / "checkpoint.pt", buffer.getbuffer())
+
+
+def load_checkpoint(run):
+    """The dict that save_checkpoint wrote; plain data only, code in it is refused."""
+    path = Path(run) / "checkpoint.pt"
+    if not path.is_file():
+        raise UserError(f"{run}: has no checkpoint.pt")
+    try:
+        if not zipfile.is_zipfile(path):  # torch.load would take a bare pickle for an old format
+            raise ValueError
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError):
+        raise UserError(f"{path}: is damaged, or holds more than plain data") from None
+    keys = {"script", "class", "kwargs", "modalities", "epoch", "model", "optimizer"}
+    if not isinstance(state, dict) or state.keys() != keys:
+        raise UserError(f"{path}: is not a checkpoint of these scripts")
+    return state
+
+
+def load_weights(model, state, path):
+    """Copy a checkpoint's weights into the model; a mismatch is one line."""
+    try:
+        model.load_state_dict(state["model"])
+    except (RuntimeError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: does not fit {type(model).__name__}: {reason:.200}") from None
+
+
+def restore(args, model, optimizer):
+    """Load the run of --resume into model and optimizer; returns the epochs it has done."""
+    state, path = load_checkpoint(args.resume), Path(args.resume) / "checkpoint.pt"
+    if state["class"] != type(model).__name__:
+        raise UserError(f"{path}: holds a {state['class']}, not a {type(model).__name__}")
+    load_weights(model, state, path)
+    try:
+        optimizer.load_state_dict(state["optimizer"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: its optimiser does not fit: {error}") from None
+    if args.epochs < state["epoch"]:
+        raise UserError(f"--epochs {args.epochs}: the run has done {state['epoch']} already")
+    return state["epoch"]
+
+
+def epoch_row(epoch, names, log, began, tuples):
+    """A row of metrics.csv: the means of an epoch's log (steps, len(names)), here read from the
+    device. Raises UserError, naming step and term, where a value is not finite."""
+    if torch.distributed.is_initialized():
+        torch.distributed.all_reduce(log)
+        log /= torch.distributed.get_world_size()
+    log = log.double().cpu()
+    if not log.isfinite().all():
+        step, term = (~log.isfinite()).nonzero()[0].tolist()
+        raise UserError(
+            f"epoch {epoch}, step {step + 1}: {names[term]} is {log[step, term].item()}; "
+            "training stops, the last checkpoint is kept; a lower --lr may help"
+        )
+    means = dict(zip(names, log.mean(0).tolist(), strict=True))
+    return {"epoch": epoch} | means | {"tuples_per_second": tuples / (time.monotonic() - began)}
+
+
+def write_row(run, writer, row):
+    """Append a row to run/metrics.csv and to the TensorBoard log."""
+    path = run / "metrics.csv"
+    fresh = not path.exists()
+    with open(path, "a", newline="") as file:
+        table = csv.DictWriter(file, row.keys(), lineterminator="\n")
+        if fresh:
+            table.writeheader()
+        table.writerow(row)
+    for name, value in row.items():
+        writer.add_scalar(name, value, row["epoch"])
+    writer.flush()
+
+
+def progress(args, start, steps, rank):
+    """A bar over the tuples of all epochs; silent where standard error is no terminal."""
+    tuples = steps * args.batch_size
+    return tqdm(
+        total=args.epochs * tuples,
+        initial=start * tuples,
+        desc=args.dataset,
+        unit=" tuples",
+        unit_scale=True,
+        disable=None if rank == 0 else True,
+    )
+
+
+@contextlib.contextmanager
+def interruptible(run):
+    """Around training: on Ctrl-C say how to go on from the last checkpoint."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if run is not None:
+            print(f"\nstopped; go on with: python {sys.argv[0]} --resume {run}", file=sys.stderr)
+        raise
+
+
+def accelerate(model, args, device, world):
+    """model(x, observed) as a fast callable: DistributedDataParallel under torchrun, compiled with
+    --compile."""
+    if world > 1:
+        model = nn.parallel.DistributedDataParallel(model)
+    if not compiles(args, device):
+        return model
+    if device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
+        raise UserError("--compile: needs a C++ compiler on a CPU, and there is no g++ here")
+    return torch.compile(model)
+
+
+def compiles(args, device):
+    """Whether to compile: --compile or --no-compile, else on a GPU."""
+    return device.type == "cuda" if args.compile == "auto" else args.compile
+
+
+def capture(step, args, device, world):
+    """step(rows) as one CUDA graph, where there is one GPU and compilation is on.
+
+    The first three calls run as they are (they compile, and set up the optimiser's state), the
+    fourth is captured, and from then on only `rows` is copied in and the graph replayed. What the
+    step returns is overwritten by the next call.
+    """
+    if device.type != "cuda" or world > 1 or not compiles(args, device):
+        return step
+    graph, side, calls = torch.cuda.CUDAGraph(), torch.cuda.Stream(), itertools.count()
+    static = {}
+
+    def fast(rows):
+        if next(calls) < 3:
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                out = step(rows)
+            torch.cuda.current_stream().wait_stream(side)
+            return out
+        if not static:
+            static["rows"] = rows.clone()
+            with torch.cuda.graph(graph):
+                static["out"] = step(static["rows"])
+        static["rows"].copy_(rows)
+        graph.replay()
+        return static["out"]
+
+    return fast
+
+
+# ----------------------------------------------------------------------------------- networks
+
+
+def encoder(modality, out_dim, hidden=512):
+    """The network (B, *modality.shape) -> (B, out_dim) of the modality's family."""
+    return NETWORKS[modality.network][0](modality, out_dim, hidden)
+
+
+def decoder(modality, latent_dim, hidden=512):
+    """The network (..., latent_dim) -> (..., *modality.parameter_shape) of the modality's family."""
+    return LeadingDimensions(NETWORKS[modality.network][1](modality, latent_dim, hidden))
+
+
+class LeadingDimensions(nn.Module):
+    """A network (B, D) -> (B, ...) that takes any leading dimensions."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, z):
+        out = self.net(z.reshape(-1, z.shape[-1]))
+        return out.reshape(*z.shape[:-1], *out.shape[1:])
+
+
+class OneHot(nn.Module):
+    """Integers (B, *shape) as a vector per example; anything else is only flattened."""
+
+    def __init__(self, modality):
+        super().__init__()
+        self.categories = modality.categories if modality.likelihood == "categorical" else 0
+
+    def forward(self, x):
+        if self.categories:
+            x = F.one_hot(x, self.categories).to(torch.get_default_dtype())
+        return x.flatten(1)
+
+
+def linear_encoder(modality, out_dim, hidden):
+    """One affine layer, for exact tests and plain vectors."""
+    return nn.Sequential(OneHot(modality), nn.Linear(math.prod(modality.parameter_shape), out_dim))
+
+
+def linear_decoder(modality, latent_dim, hidden):
+    shape = modality.parameter_shape
+    return nn.Sequential(nn.Linear(latent_dim, math.prod(shape)), nn.Unflatten(1, shape))
+
+
+def conv_sizes(modality):
+    """Heights and widths along three halvings, (3, 28, 28) giving 28, 14, 7, 4 twice."""
+    if len(modality.shape) != 3 or modality.likelihood == "categorical":
+        raise UserError(
+            f"modality {modality.name!r}: network 'conv' needs shape (channels, height, width) "
+            f"and no categories, not {modality.shape} and {modality.likelihood}"
+        )
+    return [[math.ceil(n / 2**k) for k in range(4)] for n in modality.shape[1:]]
+
+
+def conv_encoder(modality, out_dim, hidden):
+    """The PolyMNIST encoder of Sutter et al.'s released code, for images of any size."""
+    heights, widths = conv_sizes(modality)
+    return nn.Sequential(
+        nn.Conv2d(modality.shape[0], 32, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(32, 64, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(64, 128, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(128 * heights[3] * widths[3], hidden),
+        nn.ReLU(),
+        nn.Linear(hidden, out_dim),
+    )
+
+
+def conv_decoder(modality, latent_dim, hidden):
+    """The PolyMNIST decoder of Sutter et al.'s released code, for images of any size."""
+    sizes = list(zip(*conv_sizes(modality), strict=True))
+    # A transposed convolution doubles a size less one; the padding makes an even size whole.
+    padding = [tuple(1 - n % 2 for n in size) for size in sizes]
+    return nn.Sequential(
+        nn.Linear(latent_dim, 128 * math.prod(sizes[3])),
+        nn.ReLU(),
+        nn.Unflatten(1, (128, *sizes[3])),
+        nn.ConvTranspose2d(128, 64, 3, stride=2, padding=1, output_padding=padding[2]),
+        nn.ReLU(),
+        nn.ConvTranspose2d(64, 32, 3, stride=2, padding=1, output_padding=padding[1]),
+        nn.ReLU(),
+        nn.ConvTranspose2d(
+            32, modality.shape[0], 3, stride=2, padding=1, output_padding=padding[0]
+        ),
+    )
+
+
+# A family is a pair (encoder, decoder); own networks are one more entry.
+NETWORKS = {
+    "linear": (linear_encoder, linear_decoder),
+    "conv": (conv_encoder, conv_decoder),
+}

@@ -1,0 +1,370 @@
+"""Every metric of the papers, for any method and data set.
+
+    python evaluate.py RUN...      the evaluation that ended each run, once more
+
+Through the models' public face only (prior, posterior, decode). The protocol is that of Sutter et
+al. 2021, App. B; where the released code differs, the text beside the metric says so.
+"""
+
+import argparse
+import importlib
+import inspect
+import json
+from collections import defaultdict
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+import torch.nn.functional as F
+from sklearn.linear_model import LogisticRegression
+from torch.distributions import MixtureSameFamily
+from tqdm import tqdm
+
+import datasets
+from common import (
+    Modality,
+    UserError,
+    command,
+    encoder,
+    generated,
+    load_checkpoint,
+    load_weights,
+    log_mean_exp,
+    parse_device,
+    read_args,
+    replace,
+    subset_masks,
+)
+
+# Tuples that are encoded, decoded and sampled together. Noise is drawn chunk by chunk from a seed
+# of the metric's own, so the size is part of the protocol: it decides no cost, but the last digits.
+CHUNK = 200
+LATENT_TRAIN = 500  # App. B
+IMPORTANCE_SAMPLES = 15  # App. B; the released code has 12
+JOINT_SAMPLES = 10_000
+
+
+def subsets_of(modalities):
+    """The names of the modalities in every non-empty subset, singletons first."""
+    names = [m.name for m in modalities]
+    return [
+        [name for name, chosen in zip(names, mask, strict=True) if chosen]
+        for mask in subset_masks(len(names)).tolist()
+    ]
+
+
+def chunks(split):
+    """(rows, x) over a split in its order."""
+    for rows in torch.arange(len(split), device=split.labels.device).split(CHUNK):
+        yield rows, split.batch(rows)[0]
+
+
+def representation(q):
+    """The latent representation (B, D): the posterior's mean, for a mixture the mean of one
+    component drawn for each example."""
+    if not isinstance(q, MixtureSameFamily):
+        return q.mean
+    k = q.mixture_distribution.sample()
+    return q.component_distribution.mean[torch.arange(len(k), device=k.device), k]
+
+
+# ------------------------------------------------------------------------------------ metrics
+
+
+def train_classifier(modality, split, classes, steps=1500, batch_size=128):
+    """A network of the modality's own encoder family that names the class (App. B)."""
+    net = encoder(modality, classes).to(split.labels.device).train()
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in range(steps):
+        rows = torch.randint(len(split), (batch_size,), device=split.labels.device)
+        loss = F.cross_entropy(net(split.batch(rows)[0][modality.name]), split.labels[rows])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return net.state_dict()
+
+
+def classifiers(train, test, modalities, cache_dir):
+    """A classifier for each modality, from the cache where one is there, and the dict of their
+    accuracies on the test data."""
+    device, classes, nets, accuracy = train.labels.device, int(train.labels.max()) + 1, {}, {}
+    source = inspect.getsource(train_classifier)
+    for m in modalities:
+
+        def build(m=m):
+            torch.manual_seed(0)
+            return {k: v.cpu() for k, v in train_classifier(m, train, classes).items()}
+
+        net = encoder(m, classes).to(device).eval()
+        key = [train.fingerprint(m.name), repr(m), repr(net), source, torch.__version__]
+        weights = datasets.cached(cache_dir, "classifier", key, build)
+        net.load_state_dict(weights)
+        with torch.no_grad():
+            right = [net(x[m.name]).argmax(-1) == test.labels[rows] for rows, x in chunks(test)]
+        nets[m.name], accuracy[m.name] = net, torch.cat(right).double().mean().item()
+    return nets, accuracy
+
+
+def latent_accuracy(model, train, test, seed=0):
+    """Accuracy of a linear classifier of every subset's latent representation, learnt from 500
+    training tuples (App. B)."""
+    rng = np.random.default_rng(seed)
+    rows = torch.from_numpy(rng.choice(len(train), min(LATENT_TRAIN, len(train)), replace=False))
+    rows = rows.to(train.labels.device)
+    known, labels = train.batch(rows)[0], train.labels[rows].cpu().numpy()
+    accuracy = {}
+    for subset in subsets_of(model.modalities):
+        torch.manual_seed(seed)
+        latents = [
+            representation(model.posterior({name: x[name] for name in subset}))
+            for x in [known, *(x for _, x in chunks(test))]
+        ]
+        known_latents, *unseen = (t.double().cpu().numpy() for t in latents)
+        linear = LogisticRegression(max_iter=1000).fit(known_latents, labels)
+        score = linear.score(np.concatenate(unseen), test.labels.cpu().numpy())
+        accuracy["+".join(subset)] = score
+    return accuracy
+
+
+def conditional_coherence(model, nets, test, seed=0):
+    """How often a modality generated from a sample of a subset's posterior shows the tuple's class:
+    {subset: {target: share}}, given modalities counting as targets too."""
+    right = defaultdict(lambda: defaultdict(float))
+    for subset in subsets_of(model.modalities):
+        torch.manual_seed(seed)
+        for rows, x in chunks(test):
+            z = model.posterior({name: x[name] for name in subset}).sample()
+            for name, p in model.decode(z).items():
+                hits = nets[name](generated(p)).argmax(-1) == test.labels[rows]
+                right["+".join(subset)][name] += hits.sum().item() / len(test)
+    return right
+
+
+def coherence_by_inputs(coherence):
+    """Mean coherence by the number of given modalities, in both conventions: over the targets that
+    were not given (the papers' figures), and over all (the released code's mean)."""
+    means = defaultdict(dict)
+    for convention in ("without_inputs", "with_inputs"):
+        shares = defaultdict(list)
+        for subset, targets in coherence.items():
+            given = subset.split("+")
+            for target, share in targets.items():
+                if convention == "with_inputs" or target not in given:
+                    shares[len(given)].append(share)
+        for n, values in shares.items():
+            means[n][convention] = float(np.mean(values))
+    return means
+
+
+def joint_coherence(model, nets, device, seed=0):
+    """How often all modalities decoded from one sample of the prior are of one class."""
+    torch.manual_seed(seed)
+    alike = 0
+    for n in torch.arange(JOINT_SAMPLES).split(CHUNK):
+        z = model.prior().sample((len(n),)).to(device)
+        named = [nets[name](generated(p)).argmax(-1) for name, p in model.decode(z).items()]
+        alike += (torch.stack(named) == named[0]).all(0).sum().item()
+    return alike / JOINT_SAMPLES
+
+
+def log_likelihood(model, test, samples=IMPORTANCE_SAMPLES, seed=0):
+    """log p(X) of all modalities in nats per tuple, by importance sampling with each subset's
+    posterior as the proposal; {subset: mean over the tuples}.
+
+    log (1/K) Σ_k p(X, z_k) / q(z_k|x_S), z_k ~ q(z|x_S), without likelihood weights.
+    """
+    means = {}
+    for subset in tqdm(subsets_of(model.modalities), "log-likelihood", leave=False, disable=None):
+        torch.manual_seed(seed)
+        total = 0.0
+        for _, x in chunks(test):
+            q = model.posterior({name: x[name] for name in subset})
+            total += importance_sampled(model, q, x, samples).double().sum().item()
+        means["+".join(subset)] = total / len(test)
+    return means
+
+
+def importance_sampled(model, q, x, samples):
+    """An estimate of log p(x) with the proposal q, (B,)."""
+    log_w = []
+    for k in torch.arange(samples).split(IMPORTANCE_SAMPLES):
+        z = q.sample((len(k),))  # (K, B, D)
+        log_p = model.prior().log_prob(z)
+        for name, p in model.decode(z, list(x)).items():
+            log_p = log_p + p.log_prob(x[name])
+        log_w.append(log_p - q.log_prob(z))
+    return log_mean_exp(torch.cat(log_w), 0)  # over the samples, example by example
+
+
+@torch.no_grad()
+def evaluate(model, data, args):
+    """All metrics of a model as one flat dict, the content of results.json."""
+    model.eval()
+    device = next(model.parameters()).device
+    train, test = data.train.to(device), data.test.to(device)
+    with torch.enable_grad():
+        nets, accuracy = classifiers(train, test, model.modalities, args.cache_dir)
+    results = {f"classifier_accuracy/{name}": value for name, value in accuracy.items()}
+    for subset, value in latent_accuracy(model, train, test).items():
+        results[f"latent_accuracy/{subset}"] = value
+    coherence = conditional_coherence(model, nets, test)
+    for subset, targets in coherence.items():
+        for target, value in targets.items():
+            results[f"coherence/{subset}/{target}"] = value
+    for n, means in coherence_by_inputs(coherence).items():
+        for convention, value in means.items():
+            results[f"coherence_by_inputs/{n}/{convention}"] = value
+    results["joint_coherence"] = joint_coherence(model, nets, device)
+    for subset, value in log_likelihood(model, test).items():
+        results[f"log_likelihood/{subset}"] = value
+    return results
+
+
+# ------------------------------------------------------------------------ tables and pictures
+
+
+def table(results):
+    """The results as text, a line for each number of given modalities."""
+
+    def mean(metric, n):
+        values = [
+            value
+            for name, value in results.items()
+            if name.startswith(metric) and name.count("+") == n - 1
+        ]
+        return np.mean(values)
+
+    names = [name.split("/")[1] for name in results if name.startswith("classifier_accuracy/")]
+    lines = [
+        "            latent      coherence of the targets",
+        "given     accuracy     not given          all     log p(X)",
+    ]
+    for n in range(1, len(names) + 1):
+        apart = results.get(f"coherence_by_inputs/{n}/without_inputs")
+        everywhere = results[f"coherence_by_inputs/{n}/with_inputs"]
+        lines.append(
+            f"{n:5}     {100 * mean('latent_accuracy/', n):6.1f} %"
+            + (f"      {100 * apart:6.1f} %" if apart is not None else "             –")
+            + f"     {100 * everywhere:6.1f} %   {mean('log_likelihood/', n):10.1f}"
+        )
+    accuracies = [f"{n} {100 * results[f'classifier_accuracy/{n}']:.1f} %" for n in names]
+    lines.append(f"joint coherence {100 * results['joint_coherence']:.1f} %")
+    lines.append("classifiers on the test data: " + ", ".join(accuracies))
+    return "\n".join(lines)
+
+
+def draw_row(axis, modality, x, title):
+    """One row of a grid: the examples x (n, *shape) of a modality side by side."""
+    axis.set_yticks([])
+    axis.set_xticks([])
+    axis.set_ylabel(title, rotation=0, ha="right", va="center")
+    x = x.float().cpu()
+    if len(modality.shape) == 3:
+        picture = torch.nn.functional.pad(x, (1, 1, 1, 1), value=1.0).clamp(0, 1)
+        picture = torch.cat(list(picture), -1).permute(1, 2, 0)
+        axis.imshow(picture.expand(-1, -1, 3), aspect="auto", interpolation="nearest")
+    else:
+        axis.set_xlim(0, len(x))
+        for i, example in enumerate(x.reshape(len(x), -1)):
+            text = " ".join(f"{value:g}" for value in example[:8])
+            axis.text(i + 0.5, 0.5, text, ha="center", va="center", fontsize=7)
+
+
+def draw_grid(path, rows, title):
+    """A PNG of labelled rows (modality, x (n, *shape), label)."""
+    n = len(rows[0][1])
+    figure, axes = plt.subplots(len(rows), 1, figsize=(0.7 * n + 1.6, 0.7 * len(rows) + 0.6))
+    for axis, (modality, x, label) in zip(axes, rows, strict=True):
+        draw_row(axis, modality, x, label)
+    figure.suptitle(title)
+    figure.tight_layout(h_pad=0.05)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+@torch.no_grad()
+def draw_samples(folder, model, data, n=12, seed=0):
+    """reconstructions.png, from_<name>.png for every single modality, and joint.png."""
+    folder.mkdir(exist_ok=True)
+    device = next(model.parameters()).device
+    test = data.test.to(device)
+    rng = np.random.default_rng(seed)
+    by_class = np.argsort(test.labels.cpu().numpy() + rng.uniform(0, 0.5, len(test)))
+    rows = torch.from_numpy(by_class[:: max(1, len(test) // n)][:n].copy()).to(device)
+    x, modalities = test.batch(rows)[0], model.modalities
+    torch.manual_seed(seed)
+
+    made = {name: generated(p) for name, p in model.decode(model.posterior(x).sample()).items()}
+    grid = []
+    for m in modalities:
+        grid += [(m, x[m.name], m.name), (m, made[m.name], "→ " + m.name)]
+    draw_grid(folder / "reconstructions.png", grid, "given all: input and reconstruction")
+    for given in modalities:
+        q = model.posterior({given.name: x[given.name]})
+        made = {name: generated(p) for name, p in model.decode(q.sample()).items()}
+        grid = [(given, x[given.name], given.name)]
+        grid += [(m, made[m.name], "→ " + m.name) for m in modalities]
+        draw_grid(folder / f"from_{given.name}.png", grid, f"given {given.name} alone")
+    made = {name: generated(p) for name, p in model.decode(model.prior().sample((n,))).items()}
+    draw_grid(
+        folder / "joint.png", [(m, made[m.name], m.name) for m in modalities], "from the prior"
+    )
+
+
+# ------------------------------------------------------------------------------------- a run
+
+
+def report(run, model, data, args):
+    """Evaluate the model: results.json and samples/ into the run's folder, the table to the
+    terminal."""
+    results = evaluate(model, data, args)
+    replace(run / "results.json", (json.dumps(results, indent=2) + "\n").encode())
+    draw_samples(run / "samples", model, data)
+    print(f"{args.dataset}: {data.source}; {len(data.test):,} test tuples, {args.epochs} epochs")
+    print(table(results))
+
+
+def load_run(path):
+    """(model, modalities, args) of a run's folder. The checkpoint names script and class; only a
+    plain module beside this file that defines the class is imported."""
+    state, args = load_checkpoint(path), argparse.Namespace(**read_args(path))
+    script, name = state["script"], state["class"]
+    if not (str(script).isidentifier() and (Path(__file__).parent / f"{script}.py").is_file()):
+        raise UserError(f"{path}: its script {script!r} is not a file beside evaluate.py")
+    method = getattr(importlib.import_module(script), str(name), None)
+    if not (inspect.isclass(method) and method.__module__ == script):
+        raise UserError(f"{path}: {script}.py does not define the class {name!r}")
+    try:
+        modalities = [Modality(**fields) for fields in state["modalities"]]
+        model = method(modalities, **state["kwargs"])
+    except TypeError as error:
+        raise UserError(f"{path}: does not fit {script}.py: {error}") from None
+    load_weights(model, state, path)
+    return model, modalities, args
+
+
+@command
+def main(argv=None):
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument("runs", metavar="RUN", nargs="+", help="folder of a run")
+    p.add_argument("--data-dir", metavar="DIR", help="folder of the data (default: the run's)")
+    p.add_argument("--cache-dir", metavar="DIR", help="folder of the cache (default: the run's)")
+    p.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to run")
+    options = p.parse_args(argv)
+    for run in options.runs:
+        model, _, args = load_run(run)
+        args.data_dir = options.data_dir or args.data_dir
+        args.cache_dir = options.cache_dir or args.cache_dir
+        report(Path(run), model.to(parse_device(options.device)), datasets.load(args), args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,299 @@
+"""MoPoE-VAE: Sutter, Daunhawer and Vogt, "Generalized Multimodal ELBO", ICLR 2021.
+
+The posterior is a mixture over all 2^M - 1 non-empty subsets of the modalities, each component
+the product of the Gaussian experts in the subset (Definition 1); the objective is its ELBO, Eq. (6).
+
+    python mopoe.py                                    polydigits, two minutes on a laptop
+    python mopoe.py --dataset polymnist --beta 2.5     the paper's PolyMNIST setting
+    torchrun --nproc-per-node 8 mopoe.py ...           several GPUs
+
+Expected on polydigits: EXPECTED.
+
+What the released code optimises is Eq. (5): the mean of the component KLs is an upper bound of the
+mixture's KL, and with it Eq. (6) is the mean of the subsets' ELBOs. `--expectation all` computes
+that mean, the default samples it with one subset an example; `--kl mixture` is Lemma 3's tighter
+bound. `--subsets singletons` is the MoE objective, Eq. (9), `--subsets full` the PoE's, Eq. (7).
+"""
+
+import time
+
+import torch
+from torch import nn
+from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
+
+import datasets
+import evaluate
+from common import (
+    accelerate,
+    bounded,
+    capture,
+    command,
+    decoder,
+    encoder,
+    epoch_row,
+    gaussian,
+    gaussian_kl,
+    hide,
+    interruptible,
+    likelihood,
+    open_run,
+    parse,
+    parser,
+    product_of_gaussians,
+    progress,
+    restore,
+    save_checkpoint,
+    seed_of,
+    setup,
+    subset_masks,
+    write_row,
+)
+
+DEFAULTS = {
+    "polydigits": dict(epochs=30, batch_size=64, lr=2e-3, latent_dim=32, beta=1.0),
+    # App. D.2; the released script has lr 5e-4.
+    "polymnist": dict(epochs=300, batch_size=256, lr=1e-3, latent_dim=512, beta=2.5),
+}
+
+
+def arguments(argv):
+    p, model = parser(__doc__, DEFAULTS)
+    model.add_argument(
+        "--subsets",
+        choices=["all", "singletons", "full"],
+        default="all",
+        help="components of the mixture: all subsets, the single modalities, or the full set",
+    )
+    model.add_argument(
+        "--expectation",
+        choices=["stratified", "all"],
+        default="stratified",
+        help="sample one subset an example, evenly over the batch, or every subset, Eq. (5)",
+    )
+    model.add_argument(
+        "--kl",
+        choices=["components", "mixture"],
+        default="components",
+        help="mean of the components' KLs in closed form, or the mixture's own by Monte Carlo",
+    )
+    model.add_argument(
+        "--prior-expert",
+        action="store_true",
+        help="multiply the full set's product by the prior, as the released code does",
+    )
+    return parse(p, argv, DEFAULTS)
+
+
+# -------------------------------------------------------------------------------------- model
+
+
+class MoPoE(nn.Module):
+    """z = (c, s_1, ..., s_M): a shared latent of latent_dim and, where private_dim > 0, a private
+    one for each modality (Eq. 34); D = latent_dim + M * private_dim."""
+
+    def __init__(
+        self,
+        modalities,
+        latent_dim,
+        private_dim=0,
+        beta=1.0,
+        subsets="all",
+        expectation="stratified",
+        kl="components",
+        prior_expert=False,
+    ):
+        super().__init__()
+        self.modalities = modalities
+        self.latent_dim, self.private_dim = latent_dim, private_dim
+        self.beta, self.subsets, self.expectation, self.kl = beta, subsets, expectation, kl
+        self.prior_expert = prior_expert
+        D = latent_dim + private_dim
+        self.encoders = nn.ModuleList(encoder(m, 2 * D) for m in modalities)
+        self.decoders = nn.ModuleList(decoder(m, D) for m in modalities)
+        M, masks = len(modalities), subset_masks(len(modalities))
+        chosen = {"all": masks, "singletons": masks[:M], "full": masks[-1:]}[subsets]
+        self.register_buffer("masks", chosen, persistent=False)  # (S, M)
+        total_dim = latent_dim + M * private_dim
+        self.register_buffer("zeros", torch.zeros(total_dim), persistent=False)
+
+    def prior(self):
+        """p(z) = N(0, I), event shape (D,)."""
+        return gaussian(self.zeros, self.zeros)
+
+    def posterior(self, x):
+        """q(z|x_S) for the modalities in x: the product of their experts (Definition 1.1); the
+        private latent of an absent modality follows its prior."""
+        given = torch.tensor([m.name in x for m in self.modalities], device=self.zeros.device)
+        mu, logvar = self.product(*self.encode(x), given[None])
+        return gaussian(mu[0], logvar[0])
+
+    def decode(self, z, names=None):
+        """p(x_i|z) for z (..., D): of every modality, or of the named ones."""
+        c, *s = z.split([self.latent_dim] + [self.private_dim] * len(self.modalities), -1)
+        return {
+            m.name: likelihood(m, decode(torch.cat([c, s_i], -1)))
+            for m, decode, s_i in zip(self.modalities, self.decoders, s, strict=True)
+            if names is None or m.name in names
+        }
+
+    def encode(self, x):
+        """Mean and log-variance of the experts q(c, s_i|x_i), (M, B, latent_dim + private_dim)
+        each; N(0, I) stands for a modality that is not in x."""
+        heads = {
+            m.name: encode(x[m.name])
+            for m, encode in zip(self.modalities, self.encoders, strict=True)
+            if m.name in x
+        }
+        absent = torch.zeros_like(next(iter(heads.values())))
+        heads = torch.stack([heads.get(m.name, absent) for m in self.modalities])
+        return bounded(*heads.chunk(2, -1))
+
+    def product(self, mu, logvar, masks):
+        """Mean and log-variance of q(z|x_S) for the subsets of masks, (S, M) or (S, M, B): the
+        product of the shared parts, beside it all private parts; (S, B, D) each."""
+        parts = [self.latent_dim, self.private_dim]
+        (mu, mu_s), (logvar, logvar_s) = mu.split(parts, -1), logvar.split(parts, -1)
+        if self.prior_expert:
+            mu, logvar = (torch.cat([t, torch.zeros_like(t[:1])]) for t in (mu, logvar))
+            masks = torch.cat([masks, masks.all(1, keepdim=True)], 1)
+        mu, logvar = product_of_gaussians(mu, logvar, masks)
+        if self.private_dim:
+            s = [t.movedim(0, 1).flatten(1).expand(len(mu), -1, -1) for t in (mu_s, logvar_s)]
+            mu, logvar = torch.cat([mu, s[0]], -1), torch.cat([logvar, s[1]], -1)
+        return mu, logvar
+
+    def components(self, x, observed):
+        """The mixture of Definition 1.2: mean and log-variance (S, B, D) of its components and
+        their weights (S, B), equal for the subsets of what is observed and 0 for the others."""
+        mu, logvar = self.encode(x)
+        masks, available = self.masks, torch.ones_like(mu[0, :, 0]).expand(len(self.masks), -1)
+        if observed is not None:
+            mu, logvar = (torch.where(observed.T[..., None], t, 0) for t in (mu, logvar))
+            if self.subsets == "full":
+                masks = observed.T[None]  # the largest observed subset, example by example
+            else:
+                available = (masks[:, None] <= observed).all(-1).to(mu)
+        mu, logvar = self.product(mu, logvar, masks)
+        return mu, logvar, available / available.sum(0)
+
+    def mixture(self, x, observed=None):
+        """q(z|X), the training posterior (Definition 1.2), batch shape (B,)."""
+        x = hide(x, observed, self.modalities)
+        return mixture_of(*self.components(x, observed))
+
+    def objective(self, x, observed=None):
+        """Eq. (6), or Eq. (34) with private latents: per example (B,) a lower bound of
+        log p(x_observed), where β = 1 and all λ = 1. Terms: the KL and each log p(x_i|z), in nats.
+        Every example needs one observed modality."""
+        x = hide(x, observed, self.modalities)
+        mu, logvar, weights = self.components(x, observed)
+        if self.expectation == "stratified":
+            k, b = stratified(weights), torch.arange(mu.shape[1], device=mu.device)
+            means, logvars, share = mu[k, b][None], logvar[k, b][None], torch.ones_like(weights[:1])
+        else:
+            means, logvars, share = mu, logvar, weights
+        z = means + torch.exp(0.5 * logvars) * torch.randn_like(means)  # (1 or S, B, D)
+
+        # E_q(z|X)[Σ_i λ_i log p(x_i|z)]
+        reconstruction, log_px = 0.0, {}
+        for i, (name, p) in enumerate(self.decode(z).items()):
+            seen = torch.ones_like(share[0]) if observed is None else observed[:, i].to(share)
+            log_p = seen * (share * p.log_prob(x[name])).sum(0)
+            reconstruction = reconstruction + self.modalities[i].weight * log_p
+            log_px[f"log_px/{name}"] = log_p.detach().sum() / seen.sum().clamp(min=1)
+
+        # KL(q(z|X) || p(z)), or the mean of KL(q(z|x_S) || p(z)): by convexity an upper bound of it
+        if self.kl == "components":
+            kl = (weights * gaussian_kl(mu, logvar)).sum(0)
+        else:
+            log_q = mixture_of(mu, logvar, weights).log_prob(z)
+            kl = (share * (log_q - self.prior().log_prob(z))).sum(0)
+        return reconstruction - self.beta * kl, {"kl": kl.detach().mean()} | log_px
+
+    forward = objective
+
+
+def mixture_of(mu, logvar, weights):
+    """The mixture of diagonal Gaussians with means (S, B, D) and weights (S, B)."""
+    q = Normal(mu.movedim(0, 1), torch.exp(0.5 * logvar).movedim(0, 1), validate_args=False)
+    mix = Categorical(logits=weights.log().T, validate_args=False)
+    return MixtureSameFamily(mix, Independent(q, 1, validate_args=False), validate_args=False)
+
+
+def stratified(weights):
+    """A component for each example, (B,) from (S, B): drawn evenly over the batch, so that where
+    all have S components each gets B / S examples but for rounding, at random places."""
+    B = weights.shape[1]
+    place = torch.randperm(B, device=weights.device) + torch.rand((), device=weights.device)
+    available = (weights > 0).cumsum(0)  # (S, B), from 1 to the number of components
+    nth = (place / B * available[-1]).long().clamp(max=available[-1] - 1)
+    return (available <= nth).sum(0)
+
+
+# ----------------------------------------------------------------------------------- training
+
+
+@command
+def main(argv=None):
+    args = arguments(argv)
+    device, rank, world = setup(args)
+    data = datasets.load(args)
+    train = data.train.to(device)
+    steps = len(datasets.epoch_order(len(train), args.batch_size, args.seed))
+    config = dict(
+        latent_dim=args.latent_dim,
+        private_dim=args.private_dim,
+        beta=args.beta,
+        subsets=args.subsets,
+        expectation=args.expectation,
+        kl=args.kl,
+        prior_expert=args.prior_expert,
+    )
+    model = MoPoE(data.modalities, **config).to(device)
+    optimizer = torch.optim.Adam(
+        model.parameters(), lr=args.lr, fused=True, capturable=device.type == "cuda"
+    )
+    fast_model = accelerate(model, args, device, world)
+
+    def update(rows):
+        x, observed = train.batch(rows)
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
+            value, terms = fast_model(x, observed)
+        loss = -value.sum() / len(rows)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return torch.stack([value.detach().mean(), *terms.values()])
+
+    update = capture(update, args, device, world)
+    names = ["objective", "kl", *(f"log_px/{m.name}" for m in data.modalities)]
+    start = restore(args, model, optimizer) if args.resume else 0
+    run, writer = open_run(args, __file__, data.source, start) if rank == 0 else (None, None)
+    saved = 0.0
+
+    with interruptible(run), progress(args, start, steps, rank) as bar:
+        for epoch in range(start + 1, args.epochs + 1):
+            began = time.monotonic()
+            torch.manual_seed(seed_of(args.seed, epoch, rank))
+            order = datasets.epoch_order(len(train), args.batch_size, seed_of(args.seed, epoch))
+            order = order[:, rank::world].contiguous().to(device)
+            log = torch.empty(steps, len(names), device=device)
+            for step, rows in enumerate(order):
+                log[step] = update(rows)
+                bar.update(args.batch_size)
+            row = epoch_row(epoch, names, log, began, steps * args.batch_size)
+            bar.set_postfix_str(f"epoch {epoch}, objective {row['objective']:.1f}")
+            if rank == 0:
+                write_row(run, writer, row)
+                if epoch == args.epochs or time.monotonic() - saved > args.checkpoint_every:
+                    save_checkpoint(run, model, optimizer, epoch, config)
+                    saved = time.monotonic()
+
+    if rank == 0 and not args.no_eval:
+        evaluate.report(run, model, data, args)
+    if rank == 0:
+        print(f"run: {run}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""A multimodal model whose likelihood and posteriors are known exactly.
+
+p(z) = N(0, I), p(x_i|z) = N(W_i z + b_i, s² I). The columns of W_i are orthogonal, so W_iᵀW_i is
+diagonal and so is the posterior: given X its precision is I + Σ_i W_iᵀW_i / s². Experts of precision
+T_i = W_iᵀW_i / s² + I / M multiply to that posterior; a smaller subset's product is wider than it.
+"""
+
+import torch
+from torch.distributions import MultivariateNormal
+
+from common import Modality
+
+SCALE = 0.8
+
+
+def modalities(M, n=4, scale=SCALE):
+    return [Modality(f"x{i}", (n,), "normal", scale, network="linear") for i in range(M)]
+
+
+def set_decoders(model, seed=1):
+    """Random decoders with orthogonal columns; W and b are read from the model."""
+    generator = torch.Generator().manual_seed(seed)
+    for net in (d.net[0] for d in model.decoders):
+        n, D = net.weight.shape
+        q = torch.linalg.qr(torch.randn(n, n, generator=generator)).Q[:, :D]
+        net.weight.data = q * (0.5 + torch.rand(D, generator=generator))
+        net.bias.data = torch.randn(n, generator=generator)
+
+
+def set_exact_experts(model, widen=1.0):
+    """Experts whose product over all modalities is the exact posterior; the linear encoder gives
+    (mean, log-variance). widen multiplies every variance."""
+    M = len(model.modalities)
+    for m, encoder, decoder in zip(model.modalities, model.encoders, model.decoders, strict=True):
+        W, b = decoder.net[0].weight.data, decoder.net[0].bias.data
+        D = W.shape[1]
+        T = (W.square().sum(0) / m.scale**2 + 1 / M).to(W)
+        C = W.T / m.scale**2 / T[:, None]
+        encoder[1].weight.data = torch.cat([C, torch.zeros(D, W.shape[0])]).to(W)
+        encoder[1].bias.data = torch.cat([-C @ b, -T.log() + torch.tensor(widen).log()]).to(W)
+
+
+def log_p(model, x):
+    """Exact log p(x) of the modalities in x, (B,)."""
+    W, b, values, variances = [], [], [], []
+    for m, decoder in zip(model.modalities, model.decoders, strict=True):
+        if m.name in x:
+            W.append(decoder.net[0].weight.data)
+            b.append(decoder.net[0].bias.data)
+            values.append(x[m.name])
+            variances.append(torch.full((W[-1].shape[0],), m.scale**2))
+    W, b = torch.cat(W), torch.cat(b)
+    covariance = W @ W.T + torch.diag(torch.cat(variances)).to(W)
+    return MultivariateNormal(b, covariance).log_prob(torch.cat(values, -1))
+
+
+def sample_x(model, B):
+    """x from the model itself, so that bounds are tested where the data lie."""
+    z = model.prior().sample((B,))
+    return {name: p.sample() for name, p in model.decode(z).items()}
+
+
+def repeat(x, n):
+    """One example n times over, so that the mean over the batch is a Monte-Carlo estimate."""
+    return {name: value[:1].expand(n, *value.shape[1:]) for name, value in x.items()}
+
+
+def mean_and_error(values):
+    return values.mean().item(), (values.std() / len(values) ** 0.5).item()

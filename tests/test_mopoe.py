@@ -1,0 +1,406 @@
+"""mopoe.py against exact log-likelihoods, hand-written objectives and counting."""
+
+import itertools
+
+import pytest
+import torch
+from exact import (
+    SCALE,
+    log_p,
+    mean_and_error,
+    modalities,
+    repeat,
+    sample_x,
+    set_decoders,
+    set_exact_experts,
+)
+from torch.distributions import Normal, kl_divergence
+
+import mopoe
+from common import Modality, gaussian_kl, product_of_gaussians, subset_masks
+from mopoe import MoPoE
+
+MASKS = list(itertools.product([False, True], repeat=5))[1:]
+
+
+def exact_mopoe(M=3, D=2, widen=1.0, **kwargs):
+    model = MoPoE(modalities(M), D, **kwargs)
+    set_decoders(model)
+    set_exact_experts(model, widen)
+    return model
+
+
+def five(**kwargs):
+    """A small model of five random modalities, one of each likelihood and a batch for it."""
+    torch.manual_seed(3)
+    mods = [
+        Modality("a", (3,), "normal", 0.7, 2.0, "linear"),
+        Modality("b", (2, 2), "laplace", 0.75, 1.0, "linear"),
+        Modality("c", (4,), "bernoulli", weight=0.5, network="linear"),
+        Modality("d", (), "categorical", categories=3, network="linear"),
+        Modality("e", (2,), "categorical", weight=3.0, categories=4, network="linear"),
+    ]
+    x = {
+        "a": torch.randn(6, 3),
+        "b": torch.randn(6, 2, 2),
+        "c": torch.rand(6, 4),
+        "d": torch.randint(3, (6,)),
+        "e": torch.randint(4, (6, 2)),
+    }
+    return MoPoE(mods, 3, **kwargs), x
+
+
+@pytest.fixture
+def fixed_noise(monkeypatch):
+    """The noise of every call is the same function of the shape."""
+
+    def randn_like(t):
+        return torch.randn(t.shape, generator=torch.Generator().manual_seed(5)).to(t)
+
+    monkeypatch.setattr(torch, "randn_like", randn_like)
+
+
+# ------------------------------------------------------------------------------------- bounds
+
+
+@pytest.mark.parametrize("subsets", ["all", "singletons", "full"])
+@pytest.mark.parametrize("expectation", ["stratified", "all"])
+@pytest.mark.parametrize("kl", ["components", "mixture"])
+def test_every_objective_is_a_lower_bound_of_exact_log_p(float64, subsets, expectation, kl):
+    model = exact_mopoe(subsets=subsets, expectation=expectation, kl=kl)
+    x = repeat(sample_x(model, 1), 20_000)
+    mean, error = mean_and_error(model(x)[0])
+    assert mean <= log_p(model, x)[0].item() + 4 * error + 1e-9
+
+
+@pytest.mark.parametrize("kl", ["components", "mixture"])
+def test_bound_is_tight_with_the_exact_posterior(float64, kl):
+    model = exact_mopoe(subsets="full", kl=kl)
+    x = repeat(sample_x(model, 1), 20_000)
+    mean, error = mean_and_error(model(x)[0])
+    assert mean == pytest.approx(log_p(model, x)[0].item(), abs=4 * error + 1e-9)
+
+
+def elbo_in_closed_form(model, x, mu, logvar):
+    """E_q[Σ log p(x_i|z)] - KL(q || p) for q = N(mu, var) and the linear-Gaussian likelihoods."""
+    value = -gaussian_kl(mu, logvar)
+    for m, decoder in zip(model.modalities, model.decoders, strict=True):
+        W, b = decoder.net[0].weight, decoder.net[0].bias
+        at_mean = Normal(mu @ W.T + b, m.scale).log_prob(x[m.name]).sum(-1)
+        value = value + at_mean - (logvar.exp() @ W.square().sum(0)) / (2 * m.scale**2)
+    return value
+
+
+@pytest.mark.parametrize("expectation", ["stratified", "all"])
+def test_component_objective_is_the_mean_of_the_subsets_elbos_in_closed_form(float64, expectation):
+    model = exact_mopoe(expectation=expectation, widen=1.3)
+    x = sample_x(model, 1)
+    subsets = product_of_gaussians(*model.encode(x), subset_masks(3))
+    elbos = torch.stack([elbo_in_closed_form(model, x, *q) for q in zip(*subsets, strict=True)])
+    mean, error = mean_and_error(model(repeat(x, 50_000))[0])
+    assert mean == pytest.approx(elbos.mean().item(), abs=4 * error + 1e-9)
+
+
+def test_mixture_kl_is_tighter_and_component_kl_is_eq_5(float64, fixed_noise):
+    """Lemma 3. On shared samples of every subset: Eq. (6) with the component KLs is Eq. (5) to
+    rounding; with the mixture's KL it is larger, here in expectation."""
+    model = exact_mopoe(expectation="all")
+    x = repeat(sample_x(model, 1), 20_000)
+    eq_6 = model(x)[0]
+
+    mu, logvar = product_of_gaussians(*model.encode(x), subset_masks(3))
+    z = mu + (0.5 * logvar).exp() * torch.randn_like(mu)
+    eq_5 = 0.0
+    for s in range(7):  # the mean over S of E_q(z|x_S)[Σ_i log p(x_i|z)] - KL(q(z|x_S) || p(z))
+        for name, p in model.decode(z[s]).items():
+            eq_5 = eq_5 + p.log_prob(x[name]) / 7
+        eq_5 = eq_5 - gaussian_kl(mu[s], logvar[s]) / 7
+    torch.testing.assert_close(eq_6, eq_5, rtol=1e-12, atol=1e-12)
+
+    model.kl = "mixture"
+    mean, error = mean_and_error(model(x)[0] - eq_6)
+    assert mean > 4 * error
+
+
+@pytest.mark.parametrize("subset", [["x0"], ["x1", "x2"], ["x0", "x1", "x2"]])
+def test_importance_sampling_is_unbiased_for_p_of_x(float64, subset):
+    """E[p̂(x) / p(x)] = 1 whatever the number of samples; each example has its own estimate."""
+    from evaluate import importance_sampled
+
+    model = exact_mopoe()
+    x = repeat(sample_x(model, 1), 20_000)
+    q = model.posterior({name: x[name] for name in subset})
+    for samples in (1, 15):
+        ratio = torch.exp(importance_sampled(model, q, x, samples) - log_p(model, x))
+        mean, error = mean_and_error(ratio)
+        assert mean == pytest.approx(1.0, abs=4 * error + 1e-12)
+
+
+# ------------------------------------------------------------------------------- special cases
+
+
+def by_hand(model, x, masks, z_noise):
+    """The ELBO of the mixture over `masks`, component KLs, all written out; subset by subset."""
+    value = 0.0
+    experts = {}
+    for m, encoder in zip(model.modalities, model.encoders, strict=True):
+        mu, logvar = encoder(x[m.name]).chunk(2, -1)
+        experts[m.name] = Normal(mu, (0.5 * logvar).exp())
+    for s, mask in enumerate(masks):
+        chosen = [experts[m.name] for m, given in zip(model.modalities, mask, strict=True) if given]
+        T = sum(1 / q.variance for q in chosen)
+        mean, std = sum(q.mean / q.variance for q in chosen) / T, T**-0.5
+        z = mean + std * z_noise[s]
+        elbo = -model.beta * kl_divergence(Normal(mean, std), Normal(0.0, 1.0)).sum(-1)
+        for m in model.modalities:
+            elbo = elbo + m.weight * model.decode(z)[m.name].log_prob(x[m.name])
+        value = value + elbo / len(masks)
+    return value
+
+
+@pytest.mark.parametrize("subsets", ["all", "singletons", "full"])
+def test_special_cases_written_out_by_hand(float64, fixed_noise, subsets):
+    """Section 3.5: singletons are the MoE objective, Eq. (9), the full set the PoE's, Eq. (7)."""
+    model, x = five(subsets=subsets, expectation="all", beta=1.7)
+    masks = {"all": MASKS, "singletons": torch.eye(5).bool().tolist(), "full": [[True] * 5]}
+    masks = subset_masks(5).tolist() if subsets == "all" else masks[subsets]
+    noise = torch.randn_like(torch.empty(len(masks), 6, 3))
+    expected = by_hand(model, x, masks, noise)
+    torch.testing.assert_close(model(x)[0], expected, rtol=1e-12, atol=1e-12)
+
+
+def test_prior_expert_joins_the_full_set_only(float64):
+    model, x = five(prior_expert=True)
+    plain, _ = five()
+    plain.load_state_dict(model.state_dict())
+    some = {"a": x["a"], "b": x["b"]}
+    torch.testing.assert_close(model.posterior(some).mean, plain.posterior(some).mean)
+    mu, logvar = model.encode(x)
+    expected = product_of_gaussians(mu, logvar, prior_expert=True)
+    torch.testing.assert_close(model.posterior(x).mean, expected[0])
+    torch.testing.assert_close(model.posterior(x).variance, expected[1].exp())
+
+
+def test_posterior_is_the_product_of_the_given(float64):
+    model, x = five()
+    mu, logvar = model.encode(x)
+    some = {"e": x["e"], "b": x["b"]}
+    expected = product_of_gaussians(mu[[1, 4]], logvar[[1, 4]])
+    q = model.posterior(some)
+    assert q.batch_shape == (6,) and q.event_shape == (3,)
+    torch.testing.assert_close(q.mean, expected[0])
+    torch.testing.assert_close(q.variance, expected[1].exp())
+
+
+def test_decode_keeps_leading_dimensions_and_decodes_what_is_named(float64):
+    model, x = five(private_dim=2)
+    z = model.prior().sample((7, 4))
+    assert z.shape == (7, 4, 3 + 5 * 2)
+    for name, p in model.decode(z).items():
+        assert p.batch_shape == (7, 4) and p.event_shape == x[name].shape[1:]
+    assert list(model.decode(z, ["b", "d"])) == ["b", "d"]
+
+
+# ------------------------------------------------------------------------ missing modalities
+
+
+@pytest.mark.parametrize("subsets", ["all", "singletons", "full"])
+@pytest.mark.parametrize("kl", ["components", "mixture"])
+def test_masked_value_is_that_of_the_model_without_them(float64, fixed_noise, subsets, kl):
+    """All 31 masks: as if the masked modalities did not exist."""
+    model, x = five(subsets=subsets, kl=kl, expectation="all")
+    for mask in MASKS:
+        kept = [i for i, given in enumerate(mask) if given]
+        small = MoPoE([model.modalities[i] for i in kept], 3, 0, 1.0, subsets, "all", kl)
+        for i, k in enumerate(kept):
+            small.encoders[i], small.decoders[i] = model.encoders[k], model.decoders[k]
+        expected, terms = small({m.name: x[m.name] for m in small.modalities})
+        # The components that are left, in the same order, see the same noise.
+        components = model.components(x, torch.tensor(mask).expand(6, 5))[2][:, 0] > 0
+        noise = torch.randn_like(torch.empty(int(components.sum()), 6, 3))
+        whole = torch.zeros(len(components), 6, 3)
+        whole[components] = noise
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch, "randn_like", lambda t, whole=whole: whole)
+            value, masked_terms = model(x, torch.tensor(mask).expand(6, 5))
+        torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-12)
+        for name in terms:
+            torch.testing.assert_close(masked_terms[name], terms[name])
+
+
+@pytest.mark.parametrize(
+    "kwargs", [{}, {"kl": "mixture"}, {"expectation": "all"}, {"subsets": "full"}]
+)
+@pytest.mark.parametrize("private_dim", [0, 2])
+def test_masked_content_changes_neither_value_nor_gradient(float64, kwargs, private_dim):
+    """NaN, infinity and impossible tokens behind the mask; every pattern, mixed within a batch."""
+    model, x = five(private_dim=private_dim, **kwargs)
+    observed = torch.tensor(MASKS)
+    x = {name: value[torch.arange(31) % 6] for name, value in x.items()}
+    poison = {"a": torch.nan, "b": torch.inf, "c": -torch.inf, "d": 999, "e": -5}
+    spoilt = {}
+    for i, name in enumerate("abcde"):
+        spoilt[name] = x[name].clone()
+        spoilt[name][~observed[:, i]] = poison[name]
+    found = []
+    for batch in (x, spoilt):
+        model.zero_grad()
+        torch.manual_seed(0)
+        value, terms = model(batch, observed)
+        value.sum().backward()
+        found.append([value, *terms.values(), *(p.grad for p in model.parameters())])
+    assert all(t.isfinite().all() for t in found[0])
+    for clean, poisoned in zip(*found, strict=True):
+        assert clean.equal(poisoned)
+
+
+def test_all_observed_is_the_same_as_no_mask(float64, fixed_noise):
+    for subsets in ("all", "singletons", "full"):
+        model, x = five(subsets=subsets, expectation="all", prior_expert=True)
+        value = model(x, torch.ones(6, 5, dtype=torch.bool))[0]
+        torch.testing.assert_close(value, model(x)[0], rtol=1e-12, atol=1e-12)
+
+
+# --------------------------------------------------------------------------- private latents
+
+
+def test_private_latents_are_eq_34_by_hand(float64, fixed_noise):
+    model, x = five(private_dim=2, expectation="all", beta=2.0)
+    mu, logvar = model.encode(x)
+    c = product_of_gaussians(mu[..., :3], logvar[..., :3], subset_masks(5))
+    noise = torch.randn_like(torch.empty(31, 6, 3 + 5 * 2))
+    expected = 0.0
+    for s in range(31):
+        z_c = c[0][s] + (0.5 * c[1][s]).exp() * noise[s, :, :3]
+        expected = expected - 2.0 * gaussian_kl(c[0][s], c[1][s]) / 31
+        for i, m in enumerate(model.modalities):
+            part = slice(3 + 2 * i, 5 + 2 * i)
+            mu_s, logvar_s = mu[i, :, 3:], logvar[i, :, 3:]
+            z_s = mu_s + (0.5 * logvar_s).exp() * noise[s, :, part]
+            p = torch.cat([z_c, z_s], -1)
+            own = mopoe.likelihood(m, model.decoders[i](p)).log_prob(x[m.name])
+            expected = expected + (m.weight * own - 2.0 * gaussian_kl(mu_s, logvar_s)) / 31
+    torch.testing.assert_close(model(x)[0], expected, rtol=1e-12, atol=1e-12)
+
+
+def test_private_latent_of_an_absent_modality_follows_its_prior(float64):
+    model, x = five(private_dim=2)
+    q = model.posterior({"b": x["b"]})
+    absent = torch.ones(13, dtype=torch.bool)
+    absent[:3] = absent[5:7] = False
+    assert q.mean[:, absent].eq(0).all() and q.variance[:, absent].eq(1).all()
+    assert not q.mean[:, ~absent].eq(0).any()
+
+
+# --------------------------------------------------------------------------------- mixture(x)
+
+
+def test_mixture_density_integrates_to_one_and_samples_follow_it(float64):
+    model = MoPoE(modalities(3, n=1), 1)
+    x = {m.name: torch.randn(1, 1) for m in model.modalities}
+    q = model.mixture(x)
+    assert q.batch_shape == (1,) and q.event_shape == (1,)
+    grid = torch.linspace(-12, 12, 20_001)
+    density = q.log_prob(grid[:, None, None]).exp()[:, 0]
+    cdf = torch.cumulative_trapezoid(density, grid)
+    assert cdf[-1].item() == pytest.approx(1.0, abs=1e-6)
+    n = 100_000
+    samples = q.sample((n,)).flatten().sort().values
+    at = torch.searchsorted(grid, samples).clamp(max=len(cdf)) - 1
+    distance = (cdf[at] - torch.arange(n) / n).abs().max().item()
+    assert distance < 1.95 / n**0.5  # Kolmogorov-Smirnov at 0.1 %
+
+
+def test_mixture_components_are_the_available_subsets(float64):
+    model, x = five()
+    observed = torch.tensor([True, False, True, False, False]).expand(6, 5)
+    weights = model.mixture(x, observed).mixture_distribution.probs
+    assert (weights > 0).sum(1).eq(3).all()
+    torch.testing.assert_close(weights.max(1).values, torch.full((6,), 1 / 3))
+
+
+@pytest.mark.parametrize("B", [256, 16, 7])
+def test_each_subset_gets_its_share_of_a_batch(B):
+    weights = torch.full((31, B), 1 / 31)
+    torch.manual_seed(0)
+    draws = torch.stack([mopoe.stratified(weights) for _ in range(4000)])
+    counts = torch.stack([(draws == k).sum(1) for k in range(31)], 1)  # (draws, subsets)
+    assert counts.min() >= B // 31 and counts.max() <= -(-B // 31)
+    # Every subset is as likely as any other, at every place of the batch: binomial counts.
+    for share, n in ((counts.sum(0), 4000 * B), *((torch.bincount(d), 4000) for d in draws.T[:3])):
+        error = (n * (1 / 31) * (30 / 31)) ** 0.5
+        assert (share - n / 31).abs().max() < 4.5 * error
+
+
+def test_stratified_draws_available_components_only():
+    torch.manual_seed(0)
+    available = torch.rand(31, 64) < 0.2
+    available[:, 0] = torch.arange(31) == 30  # the last alone
+    available[:, 1] = torch.arange(31) == 0  # the first alone
+    available[7] |= ~available.any(0)
+    for _ in range(200):
+        k = mopoe.stratified(available / available.sum(0))
+        assert available[k, torch.arange(64)].all()
+
+
+def test_released_assignment_by_position_gives_the_full_set_too_much():
+    """Fault 2: B // S examples for each subset in turn, the remainder for the last, the full set."""
+
+    def released(S, B):
+        k = torch.arange(S).repeat_interleave(B // S)
+        return torch.cat([k, torch.full((B - len(k),), S - 1)])
+
+    for B, share in ((256, 16 / 256), (16, 1.0)):
+        assert (released(31, B) == 30).float().mean().item() == pytest.approx(share)
+        torch.manual_seed(0)
+        ours = torch.stack([mopoe.stratified(torch.full((31, B), 1 / 31)) for _ in range(500)])
+        assert (ours == 30).float().mean().item() == pytest.approx(1 / 31, abs=0.01)
+
+
+# ---------------------------------------------------------------------- faults not inherited
+
+
+def test_released_log_likelihood_averages_over_different_examples(float64):
+    """Fault 1: samples laid out sample-major, reduced with view(batch, samples)."""
+    from evaluate import importance_sampled
+
+    model = exact_mopoe()
+    x = sample_x(model, 200)
+    q = model.posterior(x)
+    exact = log_p(model, x)
+    ours = importance_sampled(model, q, x, 300)
+    torch.testing.assert_close(ours, exact)  # the exact posterior: every weight is p(x)
+
+    z = q.sample((300,))
+    log_w = model.prior().log_prob(z) - q.log_prob(z)
+    log_w = log_w + sum(p.log_prob(x[name]) for name, p in model.decode(z).items())
+    released = torch.logsumexp(log_w.reshape(-1).view(200, 300), 1) - torch.tensor(300.0).log()
+    assert (released.mean() - exact.mean()).abs() > 0.5
+
+
+def test_text_log_likelihood_is_that_of_log_softmax(float64):
+    """Fault 13: log-softmax values passed as probabilities score a sure symbol at about -10."""
+    from common import likelihood
+
+    m = Modality("text", (1,), "categorical", network="linear", categories=71)
+    logits = torch.zeros(1, 1, 71)
+    logits[..., 5] = 8.2
+    expected = torch.log_softmax(logits, -1)[0, 0, 5]
+    assert expected > -0.03
+    torch.testing.assert_close(likelihood(m, logits).log_prob(torch.tensor([[5]]))[0], expected)
+    released = torch.distributions.OneHotCategorical(
+        probs=torch.log_softmax(logits, -1), validate_args=False
+    )
+    one_hot = torch.nn.functional.one_hot(torch.tensor([[5]]), 71).to(logits)
+    assert released.log_prob(one_hot).item() < expected - 5
+
+
+def test_likelihood_weights_enter_the_objective_but_not_the_terms(float64, fixed_noise):
+    def model_with(weight):
+        torch.manual_seed(0)
+        return MoPoE([Modality("x", (2,), "normal", SCALE, weight, "linear")], 2)
+
+    x = {"x": torch.randn(4, 2)}
+    (one, terms), (three, same) = model_with(1.0)(x), model_with(3.0)(x)
+    assert terms["log_px/x"].equal(same["log_px/x"])
+    torch.testing.assert_close((three - one).mean(), 2 * terms["log_px/x"])

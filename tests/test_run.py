@@ -1,0 +1,594 @@
+"""What every script promises of a run: its folder, its resumption, its answers to mistakes.
+
+The tests are the same for all scripts; `tiny` is a data set that trains in milliseconds.
+"""
+
+import csv
+import json
+import os
+import pickle
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from conftest import ROOT
+
+import common
+import datasets
+import evaluate
+
+SCRIPTS = ["mopoe"]
+every_script = pytest.mark.parametrize("script", SCRIPTS)
+
+
+def run(script, folder, *options, expect=0):
+    """Run a script on `tiny` in this process; returns the run's folder (or None)."""
+    argv = ["--runs-dir", str(folder / "runs"), "--cache-dir", str(folder / "cache"), *options]
+    if "--dataset" not in options and "--resume" not in options:
+        argv += ["--dataset", "tiny"]
+    if expect:
+        with pytest.raises(SystemExit) as stop:
+            tiny.add_to(script).main(argv)
+        assert stop.value.code == expect
+    else:
+        tiny.add_to(script).main(argv)
+    runs = sorted((folder / "runs").glob("*"), key=lambda path: path.stat().st_mtime_ns)
+    return runs[-1] if runs else None
+
+
+def resume(script, path, *options):
+    saved = common.read_args(path)
+    tiny.add_to(script).main(
+        ["--resume", str(path), "--runs-dir", saved["runs_dir"], "--cache-dir", saved["cache_dir"]]
+        + list(options)
+    )
+
+
+def start(script, folder, *options, environment=(), launcher=()):
+    """The same in a process of its own."""
+    command = [sys.executable, *launcher, str(ROOT / "tests" / "tiny.py"), script]
+    command += ["--dataset", "tiny", "--runs-dir", str(folder / "runs"), *options]
+    return subprocess.Popen(
+        command,
+        cwd=folder,
+        env=os.environ | dict(environment),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def weights(path):
+    state = torch.load(path / "checkpoint.pt", weights_only=True)
+    optimizer = [t for s in state["optimizer"]["state"].values() for t in s.values()]
+    return [*state["model"].values(), *optimizer]
+
+
+def assert_same_weights(one, other):
+    for a, b in zip(weights(one), weights(other), strict=True):
+        assert a.equal(b)
+
+
+def rows(path):
+    with open(path / "metrics.csv") as file:
+        return list(csv.DictReader(file))
+
+
+def scalars(path):
+    """{epoch: objective} as TensorBoard shows it."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log = EventAccumulator(str(path))
+    log.Reload()
+    return {event.step: event.value for event in log.Scalars("objective")}
+
+
+def one_line(capsys, *fragments):
+    error = capsys.readouterr().err.strip()
+    assert error.count("\n") == 0, error
+    assert "Traceback" not in error
+    for fragment in fragments:
+        assert fragment in error, error
+
+
+# ------------------------------------------------------------------------------------ a run
+
+
+@every_script
+def test_a_run_leaves_what_it_promises(script, tmp_path, capsys):
+    path = run(script, tmp_path)
+    out = capsys.readouterr().out
+    assert re.fullmatch(rf"tiny__{script}__0__\d{{8}}-\d{{6}}", path.name)
+    assert str(path) in out and "made for tests" in out and "joint coherence" in out
+
+    facts = json.loads((path / "args.json").read_text())
+    assert facts["source"] == "made for tests" and facts["options"]["latent_dim"] == 3
+    assert facts["threads"] == torch.get_num_threads() and facts["git"]
+    assert facts["versions"]["torch"] == torch.__version__
+
+    table = rows(path)
+    assert [row["epoch"] for row in table] == ["1", "2", "3"]
+    assert list(table[0]) == [
+        "epoch",
+        "objective",
+        "kl",
+        "log_px/vector",
+        "log_px/label",
+        "tuples_per_second",
+    ]
+    assert float(table[-1]["objective"]) > float(table[0]["objective"])
+    assert scalars(path).keys() == {1, 2, 3}
+
+    results = json.loads((path / "results.json").read_text())
+    subsets = ["vector", "label", "vector+label"]
+    expected = {
+        f"{metric}/{s}" for metric in ("latent_accuracy", "log_likelihood") for s in subsets
+    }
+    expected |= {f"coherence/{s}/{target}" for s in subsets for target in ("vector", "label")}
+    expected |= {"coherence_by_inputs/1/without_inputs", "joint_coherence"}
+    expected |= {f"coherence_by_inputs/{n}/with_inputs" for n in (1, 2)}
+    expected |= {f"classifier_accuracy/{name}" for name in ("vector", "label")}
+    assert results.keys() == expected
+
+    pictures = {p.name for p in (path / "samples").iterdir()}
+    assert pictures == {"reconstructions.png", "from_vector.png", "from_label.png", "joint.png"}
+    assert {p.name.split(".")[0] for p in path.iterdir()} == {
+        "args",
+        "checkpoint",
+        "events",
+        "metrics",
+        "results",
+        "samples",
+    }
+
+
+@every_script
+def test_evaluating_a_saved_run_gives_the_same_results(script, tmp_path, capsys):
+    path = run(script, tmp_path)
+    first = (path / "results.json").read_text()
+    table = capsys.readouterr().out.split("run:")[0]
+    (path / "results.json").unlink()
+    evaluate.main([str(path)])
+    assert (path / "results.json").read_text() == first
+    assert capsys.readouterr().out == table
+
+
+@every_script
+def test_the_seed_decides_everything(script, tmp_path):
+    one, again = (run(script, tmp_path / name, "--no-eval") for name in ("one", "again"))
+    other = run(script, tmp_path / "other", "--no-eval", "--seed", "1")
+    assert_same_weights(one, again)
+    assert not weights(one)[0].equal(weights(other)[0])
+
+
+@every_script
+def test_evaluation_does_not_disturb_training(script, tmp_path):
+    plain = run(script, tmp_path / "plain", "--no-eval")
+    path = run(script, tmp_path / "evaluated", "--epochs", "2")
+    resume(script, path, "--epochs", "3")
+    assert_same_weights(plain, path)
+
+
+@every_script
+def test_runs_of_the_same_second_have_folders_of_their_own(script, tmp_path, monkeypatch):
+    monkeypatch.setattr(common.time, "strftime", lambda _: "20260101-000000")
+    for _ in range(3):
+        run(script, tmp_path, "--no-eval", "--epochs", "1")
+    names = sorted(path.name.rsplit("__", 1)[1] for path in (tmp_path / "runs").iterdir())
+    assert names == ["20260101-000000", "20260101-000000-2", "20260101-000000-3"]
+
+
+@every_script
+def test_options_work_together(script, tmp_path):
+    path = run(script, tmp_path, "--amp", "--private-dim", "2", "--epochs", "1", "--beta", "0")
+    assert all(torch.isfinite(w).all() for w in weights(path))
+
+
+# --------------------------------------------------------------------------------- resumption
+
+
+@every_script
+@pytest.mark.parametrize("done", [1, 2])
+def test_resumed_is_bit_for_bit_the_uninterrupted_run(script, tmp_path, done):
+    whole = run(script, tmp_path / "whole", "--no-eval")
+    path = run(script, tmp_path / "parts", "--no-eval", "--epochs", str(done))
+    resume(script, path, "--epochs", "3")
+    assert_same_weights(whole, path)
+    drop = "tuples_per_second"
+    assert [{k: v for k, v in row.items() if k != drop} for row in rows(path)] == [
+        {k: v for k, v in row.items() if k != drop} for row in rows(whole)
+    ]
+    assert scalars(path) == scalars(whole)
+    assert common.read_args(path)["epochs"] == 3
+
+
+@every_script
+def test_logs_are_cut_to_the_checkpoint(script, tmp_path):
+    """Epochs that were logged after the last checkpoint are logged once."""
+    whole = run(script, tmp_path / "whole", "--no-eval")
+    path = run(script, tmp_path / "parts", "--no-eval", "--epochs", "1")
+    checkpoint = (path / "checkpoint.pt").read_bytes()
+    resume(script, path, "--epochs", "2")
+    (path / "checkpoint.pt").write_bytes(checkpoint)
+    with open(path / "metrics.csv", "a") as file:
+        file.write("3,half a li")
+    resume(script, path, "--epochs", "3")
+    assert [row["epoch"] for row in rows(path)] == ["1", "2", "3"]
+    assert scalars(path) == scalars(whole)
+    assert_same_weights(whole, path)
+
+
+@every_script
+def test_killed_at_any_moment_it_resumes(script, tmp_path):
+    """SIGKILL after 0.3, 0.6, ... seconds of training, until the run is through."""
+    options = ("--epochs", "60", "--checkpoint-every", "0", "--no-eval")
+    whole = start(script, tmp_path, *options)
+    assert whole.wait() == 0, whole.stderr.read()
+    (expected,) = (tmp_path / "runs").iterdir()
+
+    folder = tmp_path / "killed"
+    folder.mkdir()
+    process, kills = start(script, folder, *options), 0
+    while True:
+        deadline = time.monotonic() + 60
+        while not list(folder.glob("runs/*/checkpoint.pt")) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        (path,) = (folder / "runs").iterdir()
+        before = (path / "checkpoint.pt").stat().st_mtime_ns
+        while process.poll() is None and (path / "checkpoint.pt").stat().st_mtime_ns == before:
+            time.sleep(0.001)
+        time.sleep(0.017 * kills)
+        process.kill()
+        if process.wait() == 0 or kills == 4:
+            break
+        kills += 1
+        process = start(script, folder, *options, "--resume", str(path))
+    if process.returncode != 0:
+        process = start(script, folder, *options, "--resume", str(path))
+        assert process.wait() == 0, process.stderr.read()
+    assert kills >= 2
+    assert_same_weights(expected, path)
+
+
+@every_script
+def test_killed_while_a_checkpoint_is_written_the_old_one_stays(script, tmp_path, monkeypatch):
+    whole = run(script, tmp_path / "whole", "--no-eval")
+    path = run(script, tmp_path / "parts", "--no-eval", "--epochs", "1")
+
+    class Killed(BaseException):
+        pass
+
+    def die(file):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(common.os, "replace", lambda *_: die(None))
+        patch.setattr(common, "open_run", lambda *_: (path, common.SummaryWriter(path)))
+        module = tiny.add_to(script)
+        patch.setattr(module, "open_run", common.open_run)
+        with pytest.raises(Killed):
+            resume(script, path, "--epochs", "2")
+    resume(script, path, "--epochs", "3")
+    assert_same_weights(whole, path)
+
+
+@every_script
+def test_control_c_keeps_the_checkpoint_and_says_how_to_go_on(script, tmp_path):
+    options = ("--epochs", "100000", "--checkpoint-every", "0", "--no-eval")
+    process = start(script, tmp_path, *options)
+    while not list(tmp_path.glob("runs/*/checkpoint.pt")):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in error
+    (path,) = (tmp_path / "runs").iterdir()
+    assert f"python {script}.py --resume runs/{path.name}" in error.replace(str(tmp_path) + "/", "")
+    assert common.load_checkpoint(path)["epoch"] >= 1
+
+
+@every_script
+def test_a_full_disk_keeps_the_old_checkpoint(script, tmp_path, capsys):
+    path = run(script, tmp_path, "--no-eval", "--epochs", "1")
+    before = (path / "checkpoint.pt").read_bytes()
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:  # no file may grow past this: the logs fit, a checkpoint does not
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limit[1]))
+        with pytest.raises(SystemExit) as stop:
+            resume(script, path, "--epochs", "2", "--no-eval")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert stop.value.code == 2
+    one_line(capsys, "checkpoint.pt")
+    assert (path / "checkpoint.pt").read_bytes() == before
+    assert not list(path.glob(".*"))
+
+
+@every_script
+def test_only_epochs_and_device_may_differ_on_resumption(script, tmp_path, capsys):
+    path = run(script, tmp_path, "--no-eval", "--epochs", "2")
+    capsys.readouterr()
+    for options, fragments in (
+        (["--beta", "3"], ["--beta 3.0", "the run to resume has 1.0"]),
+        (["--dataset", "polydigits"], ["--dataset polydigits", "tiny"]),
+        (["--epochs", "1"], ["--epochs 1", "has done 2"]),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            resume(script, path, *options)
+        assert stop.value.code == 2
+        one_line(capsys, *fragments)
+    resume(script, path, "--beta", "1.0", "--device", "cpu")  # the same value is no difference
+
+
+# ------------------------------------------------------------------------ damaged checkpoints
+
+
+class Code:
+    def __reduce__(self):
+        return os.mkdir, ("code-was-run",)
+
+
+def damage(path, how):
+    file = path / "checkpoint.pt"
+    state = torch.load(file, weights_only=True)
+    if how == "code":
+        file.write_bytes(pickle.dumps(Code()))
+    elif how == "code in a zip":
+        torch.save(state | {"epoch": Code()}, file)
+    elif how == "truncated":
+        file.write_bytes(file.read_bytes()[:1000])
+    elif how == "empty":
+        file.write_bytes(b"")
+    elif how == "text":
+        file.write_text("hello")
+    elif how == "a tensor":
+        torch.save(torch.ones(2), file)
+    elif how == "missing keys":
+        torch.save({k: v for k, v in state.items() if k != "optimizer"}, file)
+    elif how == "missing weights":
+        state["model"].popitem()
+        torch.save(state, file)
+    elif how == "other shapes":
+        state["model"] = {k: torch.zeros(1) for k in state["model"]}
+        torch.save(state, file)
+    elif how == "another class":
+        torch.save(state | {"class": "Module"}, file)
+    elif how == "absent":
+        file.unlink()
+
+
+DAMAGES = [
+    "code",
+    "code in a zip",
+    "truncated",
+    "empty",
+    "text",
+    "a tensor",
+    "missing keys",
+    "missing weights",
+    "other shapes",
+    "another class",
+    "absent",
+]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run of every script."""
+    folder = tmp_path_factory.mktemp("finished")
+    return {s: run(s, folder / s, "--no-eval", "--epochs", "1") for s in SCRIPTS}
+
+
+@every_script
+@pytest.mark.parametrize("how", DAMAGES)
+@pytest.mark.parametrize("reader", ["resume", "evaluate"])
+def test_a_bad_checkpoint_is_refused_in_one_line(
+    script, how, reader, finished, tmp_path, capsys, monkeypatch
+):
+    path = Path(shutil.copytree(finished[script], tmp_path / "run"))
+    monkeypatch.chdir(tmp_path)
+    damage(path, how)
+    with pytest.raises(SystemExit) as stop:
+        resume(script, path, "--epochs", "2") if reader == "resume" else evaluate.main([str(path)])
+    assert stop.value.code == 2
+    one_line(capsys, str(path))
+    assert not (tmp_path / "code-was-run").exists()
+
+
+@pytest.mark.parametrize(
+    "fields, fragment",
+    [
+        ({"script": "os"}, "is not a file beside evaluate.py"),
+        ({"script": "../mopoe"}, "is not a file beside evaluate.py"),
+        ({"script": "datasets", "class": "UserError"}, "does not define the class"),
+        ({"class": "encoder"}, "does not define the class"),
+        ({"kwargs": {"nonsense": 1}}, "does not fit"),
+        ({"modalities": [{"name": "x"}]}, "does not fit"),
+    ],
+)
+def test_only_a_plain_module_that_defines_the_class_is_imported(
+    fields, fragment, finished, tmp_path, capsys
+):
+    path = Path(shutil.copytree(finished["mopoe"], tmp_path / "run"))
+    torch.save(torch.load(path / "checkpoint.pt") | fields, path / "checkpoint.pt")
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main([str(path)])
+    assert stop.value.code == 2
+    one_line(capsys, fragment)
+
+
+# ----------------------------------------------------------------------------------- mistakes
+
+NONSENSE = [
+    "",
+    "x",
+    "-1",
+    "0",
+    "1.5",
+    "nan",
+    "inf",
+    "-inf",
+    "1e999",
+    "999999999999999999999",
+    "é\n",
+]
+# What is no mistake after all; all other values of NONSENSE are.
+ALLOWED = {
+    "--beta": {"0", "1.5"},
+    "--lr": {"0", "1.5"},
+    "--seed": {"0"},
+    "--data-seed": {"0"},
+    "--private-dim": {"0"},
+    "--checkpoint-every": {"0", "1.5"},
+    "--data-dir": set(NONSENSE),  # not read for `tiny`
+    "--cache-dir": set(NONSENSE),  # not read without evaluation
+    "--backgrounds": set(NONSENSE),
+    "--runs-dir": set(NONSENSE),  # any name of a folder will do
+    "--resume": {""},
+}
+
+
+def options_of(script):
+    """Every option that takes a value, from the help page."""
+    page = subprocess.run(
+        [sys.executable, ROOT / f"{script}.py", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    return sorted(set(re.findall(r"^  (--[a-z-]+) [A-Z{]", page, re.MULTILINE)))
+
+
+@every_script
+def test_nonsense_for_every_option_is_one_line(script, tmp_path, capsys):
+    options = options_of(script)
+    assert {"--dataset", "--beta", "--epochs", "--resume", "--device"} <= set(options)
+    tried = 0
+    for option in options:
+        for value in NONSENSE:
+            if value in ALLOWED.get(option, set()):
+                continue
+            argv = ["--no-eval", f"{option}={value}"]
+            assert (
+                run(
+                    script,
+                    tmp_path,
+                    *(argv + ["--dataset", "tiny"] * (option != "--dataset")),
+                    expect=2,
+                )
+                is None
+            )
+            one_line(capsys, option)
+            tried += 1
+    assert tried > 100
+
+
+@every_script
+@pytest.mark.parametrize(
+    "options, fragments",
+    [
+        (["--dataset", "cifar"], ["--dataset", "cifar", "polydigits"]),
+        (["--batch-size", "201"], ["--batch-size 201", "at most 200"]),
+        (["--latent-dim", "two"], ["--latent-dim", "'two'", "whole number"]),
+        (["--beta=-1"], ["--beta", "'-1'", "from 0 to"]),
+        (["--nonsense"], ["--nonsense"]),
+        (["--epoch", "1"], ["--epoch"]),
+        (["--resume", "nowhere"], ["nowhere", "is no run"]),
+        (["--dataset", "polymnist", "--data-dir", "/dev/null"], ["/dev/null"]),
+        (["--dataset", "polymnist", "--backgrounds", "nowhere"], ["--backgrounds nowhere"]),
+    ],
+)
+def test_a_mistake_is_one_line_and_leaves_nothing(
+    script, options, fragments, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    assert run(script, tmp_path, *options, expect=2) is None
+    one_line(capsys, *fragments)
+    assert list(tmp_path.iterdir()) == []
+
+
+@every_script
+def test_a_run_folder_that_cannot_be_written_is_named(script, tmp_path, capsys):
+    (tmp_path / "runs").write_text("a file")
+    with pytest.raises(SystemExit) as stop:
+        tiny.add_to(script).main(["--dataset", "tiny", "--runs-dir", str(tmp_path / "runs")])
+    assert stop.value.code == 2
+    one_line(capsys, str(tmp_path / "runs"))
+
+
+@every_script
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_where_there_is_none(script, tmp_path, capsys):
+    assert run(script, tmp_path, "--device", "cuda", expect=2) is None
+    one_line(capsys, "--device cuda")
+
+
+@every_script
+def test_compilation_without_a_compiler_is_one_line(script, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert run(script, tmp_path, "--compile", "--device", "cpu", expect=2) is None
+    one_line(capsys, "--compile", "C++ compiler")
+
+
+@every_script
+def test_a_value_that_is_not_finite_stops_the_run_before_the_checkpoint(
+    script, tmp_path, capsys, monkeypatch
+):
+    path = run(script, tmp_path, "--no-eval", "--epochs", "1")
+    before = (path / "checkpoint.pt").read_bytes()
+    batch, calls = datasets.Split.batch, []
+
+    def poisoned(split, rows):
+        x, observed = batch(split, rows)
+        calls.append(rows)
+        return (x | {"vector": x["vector"] * torch.nan} if len(calls) == 5 else x), observed
+
+    monkeypatch.setattr(datasets.Split, "batch", poisoned)
+    with pytest.raises(SystemExit) as stop:
+        resume(script, path, "--epochs", "2")
+    assert stop.value.code == 2
+    one_line(capsys, "epoch 2, step 5", "objective is nan")
+    assert (path / "checkpoint.pt").read_bytes() == before
+    assert len(rows(path)) == 1
+
+
+@pytest.mark.parametrize(
+    "fields, fragment",
+    [
+        ({"name": "a b"}, "name is 'a b'"),
+        ({"shape": (3, 0)}, "shape is (3, 0)"),
+        ({"shape": (2.5,)}, "shape is (2.5,)"),
+        ({"likelihood": "poisson"}, "likelihood is 'poisson', must be one of laplace"),
+        ({"likelihood": "categorical"}, "categories is 0"),
+        ({"scale": 0.0}, "scale is 0.0"),
+        ({"weight": -1.0}, "weight is -1.0"),
+        ({"network": "resnet"}, "network is 'resnet', must be one of linear"),
+        ({"network": "conv"}, "network 'conv' needs shape (channels, height, width)"),
+    ],
+)
+def test_an_own_modality_that_cannot_be_is_one_line(
+    fields, fragment, tmp_path, capsys, monkeypatch
+):
+    def load(args):
+        settings = {"name": "x", "shape": (4,), "network": "linear"} | fields
+        return tiny.load(args).__class__(
+            *[tiny.load(args).train] * 2, [common.Modality(**settings)], ""
+        )
+
+    tiny.add_to("mopoe")
+    monkeypatch.setitem(datasets.LOADERS, "tiny", load)
+    with pytest.raises(SystemExit) as stop:
+        sys.modules["mopoe"].main(["--dataset", "tiny", "--runs-dir", str(tmp_path / "runs")])
+    assert stop.value.code == 2
+    one_line(capsys, fragment)
+    assert list(tmp_path.iterdir()) == []
