@@ -16,8 +16,10 @@ from exact import (
 )
 from torch.distributions import Normal, kl_divergence
 
+import evaluate
 import mopoe
-from common import Modality, gaussian_kl, product_of_gaussians, subset_masks
+from common import Modality, gaussian_kl, likelihood, product_of_gaussians, subset_masks
+from evaluate import importance_sampled
 from mopoe import MoPoE
 
 MASKS = list(itertools.product([False, True], repeat=5))[1:]
@@ -123,10 +125,35 @@ def test_mixture_kl_is_tighter_and_component_kl_is_eq_5(float64, fixed_noise):
 
 
 @pytest.mark.parametrize("subset", [["x0"], ["x1", "x2"], ["x0", "x1", "x2"]])
+def test_importance_sampling_converges_as_theory_says(float64, subset):
+    """log p̂ with K samples errs by sd(w) / √K, w the weights over their mean: four times the samples
+    halve the error, whose size the weights themselves foretell."""
+    model = exact_mopoe()
+    x = repeat(sample_x(model, 1), 2000)
+    q = model.posterior({name: x[name] for name in subset})
+    exact = log_p(model, x)[0]
+    many = [importance_sampled(model, q, x, 1) for _ in range(100)]
+    one = torch.exp(torch.cat(many) - exact)
+    for samples in (240, 960):
+        estimates = importance_sampled(model, q, x, samples) - exact
+        expected = one.std().item() / samples**0.5
+        # 2,000 estimates know their own spread to 2 %; the logarithm bends it by as much.
+        assert estimates.std().item() == pytest.approx(expected, rel=0.1, abs=1e-9)
+        assert abs(estimates.mean().item()) < expected**2 + 4 * expected / 2000**0.5 + 1e-9
+
+
+def test_importance_sampling_decodes_a_bounded_number_at_a_time(float64):
+    """Memory does not grow with the number of importance samples."""
+    model, decoded = exact_mopoe(), []
+    decode, x = model.decode, sample_x(model, 3)
+    model.decode = lambda z, names=None: decoded.append(len(z)) or decode(z, names)
+    importance_sampled(model, model.posterior(x), x, 1000)
+    assert sum(decoded) == 1000 and max(decoded) <= evaluate.IMPORTANCE_SAMPLES
+
+
+@pytest.mark.parametrize("subset", [["x0"], ["x1", "x2"], ["x0", "x1", "x2"]])
 def test_importance_sampling_is_unbiased_for_p_of_x(float64, subset):
     """E[p̂(x) / p(x)] = 1 whatever the number of samples; each example has its own estimate."""
-    from evaluate import importance_sampled
-
     model = exact_mopoe()
     x = repeat(sample_x(model, 1), 20_000)
     q = model.posterior({name: x[name] for name in subset})
@@ -162,8 +189,8 @@ def by_hand(model, x, masks, z_noise):
 def test_special_cases_written_out_by_hand(float64, fixed_noise, subsets):
     """Section 3.5: singletons are the MoE objective, Eq. (9), the full set the PoE's, Eq. (7)."""
     model, x = five(subsets=subsets, expectation="all", beta=1.7)
-    masks = {"all": MASKS, "singletons": torch.eye(5).bool().tolist(), "full": [[True] * 5]}
-    masks = subset_masks(5).tolist() if subsets == "all" else masks[subsets]
+    masks = {"all": subset_masks(5), "singletons": torch.eye(5), "full": torch.ones(1, 5)}
+    masks = masks[subsets].bool().tolist()
     noise = torch.randn_like(torch.empty(len(masks), 6, 3))
     expected = by_hand(model, x, masks, noise)
     torch.testing.assert_close(model(x)[0], expected, rtol=1e-12, atol=1e-12)
@@ -206,26 +233,32 @@ def test_decode_keeps_leading_dimensions_and_decodes_what_is_named(float64):
 
 @pytest.mark.parametrize("subsets", ["all", "singletons", "full"])
 @pytest.mark.parametrize("kl", ["components", "mixture"])
-def test_masked_value_is_that_of_the_model_without_them(float64, fixed_noise, subsets, kl):
+@pytest.mark.parametrize("private_dim", [0, 2])
+def test_masked_value_is_that_of_the_model_without_them(float64, subsets, kl, private_dim):
     """All 31 masks: as if the masked modalities did not exist."""
-    model, x = five(subsets=subsets, kl=kl, expectation="all")
+    model, x = five(private_dim=private_dim, subsets=subsets, kl=kl, expectation="all")
     for mask in MASKS:
         kept = [i for i, given in enumerate(mask) if given]
-        small = MoPoE([model.modalities[i] for i in kept], 3, 0, 1.0, subsets, "all", kl)
+        given = [model.modalities[i] for i in kept]
+        small = MoPoE(given, 3, private_dim, 1.0, subsets, "all", kl)
         for i, k in enumerate(kept):
             small.encoders[i], small.decoders[i] = model.encoders[k], model.decoders[k]
-        expected, terms = small({m.name: x[m.name] for m in small.modalities})
-        # The components that are left, in the same order, see the same noise.
-        components = model.components(x, torch.tensor(mask).expand(6, 5))[2][:, 0] > 0
-        noise = torch.randn_like(torch.empty(int(components.sum()), 6, 3))
-        whole = torch.zeros(len(components), 6, 3)
-        whole[components] = noise
+
+        # The components that are left come in the same order; they and their latents see the
+        # same noise.
+        observed = torch.tensor(mask).expand(6, 5)
+        components = model.components(x, observed)[2][:, 0] > 0
+        latents = torch.tensor([True] * 3 + [m for m in mask for _ in range(private_dim)])
+        whole = torch.randn(len(components), 6, 3 + 5 * private_dim)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch, "randn_like", lambda t, whole=whole: whole)
-            value, masked_terms = model(x, torch.tensor(mask).expand(6, 5))
+            value, terms = model(x, observed)
+            part = whole[components][..., latents]
+            patch.setattr(torch, "randn_like", lambda t, part=part: part)
+            expected, expected_terms = small({m.name: x[m.name] for m in given})
         torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-12)
-        for name in terms:
-            torch.testing.assert_close(masked_terms[name], terms[name])
+        for name in expected_terms:
+            torch.testing.assert_close(terms[name], expected_terms[name])
 
 
 @pytest.mark.parametrize(
@@ -362,8 +395,6 @@ def test_released_assignment_by_position_gives_the_full_set_too_much():
 
 def test_released_log_likelihood_averages_over_different_examples(float64):
     """Fault 1: samples laid out sample-major, reduced with view(batch, samples)."""
-    from evaluate import importance_sampled
-
     model = exact_mopoe()
     x = sample_x(model, 200)
     q = model.posterior(x)
@@ -380,8 +411,6 @@ def test_released_log_likelihood_averages_over_different_examples(float64):
 
 def test_text_log_likelihood_is_that_of_log_softmax(float64):
     """Fault 13: log-softmax values passed as probabilities score a sure symbol at about -10."""
-    from common import likelihood
-
     m = Modality("text", (1,), "categorical", network="linear", categories=71)
     logits = torch.zeros(1, 1, 71)
     logits[..., 5] = 8.2

@@ -1,0 +1,68 @@
+"""Run by torchrun from test_distributed.py: each process takes its rows of one joint batch.
+
+    torchrun --nproc-per-node 2 distributed.py SCRIPT FILE
+
+Rank 0 writes to FILE the objective and the gradients that the processes find together, and those of
+one process with the joint batch and the same noise.
+"""
+
+import importlib
+import sys
+
+import tiny
+import torch
+from torch import distributed, nn
+
+BATCH = 12
+
+
+def gradients(model):
+    return [p.grad.clone() for p in model.parameters()]
+
+
+def main(script, file):
+    distributed.init_process_group("gloo")
+    rank, world = distributed.get_rank(), distributed.get_world_size()
+    module = importlib.import_module(script)
+    (method,) = [
+        value
+        for value in vars(module).values()
+        if isinstance(value, type) and issubclass(value, nn.Module) and value.__module__ == script
+    ]
+    torch.set_default_dtype(torch.float64)
+    torch.manual_seed(0)
+    model = method(tiny.MODALITIES, 3)
+    x, _ = tiny.tuples(BATCH, 5)
+    x = {name: t.double() if t.is_floating_point() else t for name, t in x.items()}
+    mine = slice(rank, None, world)
+
+    # The noise of a row is the same wherever the row is computed.
+    k = torch.arange(BATCH) % 3
+    rows = {"now": mine}
+    module.stratified = lambda weights: k[rows["now"]]
+
+    def randn_like(t):
+        noise = torch.randn(BATCH, 3, generator=torch.Generator().manual_seed(1))
+        return noise[rows["now"]].expand_as(t).clone()
+
+    torch.randn_like = randn_like
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    value, _ = wrapped({name: t[mine] for name, t in x.items()})
+    (-value.mean()).backward()
+    total = value.detach().mean()
+    distributed.all_reduce(total)
+    together = [total / world, *gradients(model)]
+
+    if rank == 0:
+        rows["now"] = slice(None)
+        model.zero_grad()
+        value, _ = model(x)
+        (-value.mean()).backward()
+        torch.save(
+            {"together": together, "alone": [value.mean().detach(), *gradients(model)]}, file
+        )
+    distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
