@@ -397,8 +397,11 @@ def open_run(args, script, source, start=0):
     A new folder <runs-dir>/<dataset>__<script>__<seed>__<timestamp>, or that of --resume with its
     logs cut to `start` epochs.
     """
+    print(f"{args.dataset}: {source}", flush=True)
     if args.resume:
         run = Path(args.resume)
+        for half_written in run.glob(".checkpoint.pt.*"):
+            half_written.unlink()
         rows = (run / "metrics.csv").read_text().splitlines(keepends=True)
         replace(run / "metrics.csv", "".join(rows[: start + 1]).encode())
     else:

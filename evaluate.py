@@ -326,8 +326,7 @@ def report(run, model, data, args):
     results = evaluate(model, data, args)
     replace(run / "results.json", (json.dumps(results, indent=2) + "\n").encode())
     draw_samples(run / "samples", model, data)
-    print(f"{args.dataset}: {data.source}; {len(data.test):,} test tuples, {args.epochs} epochs")
-    print(table(results))
+    print(f"{len(data.test):,} test tuples, {args.epochs} epochs\n{table(results)}")
 
 
 def load_run(path):
@@ -363,7 +362,9 @@ def main(argv=None):
         model, _, args = load_run(run)
         args.data_dir = options.data_dir or args.data_dir
         args.cache_dir = options.cache_dir or args.cache_dir
-        report(Path(run), model.to(parse_device(options.device)), datasets.load(args), args)
+        data = datasets.load(args)
+        print(f"{args.dataset}: {data.source}")
+        report(Path(run), model.to(parse_device(options.device)), data, args)
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ def start(script, folder, *options, environment=(), launcher=()):
     return subprocess.Popen(
         command,
         cwd=folder,
-        env=os.environ | dict(environment),
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | dict(environment),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -258,26 +258,35 @@ def test_killed_at_any_moment_it_resumes(script, tmp_path):
     assert_same_weights(expected, path)
 
 
+HALF_WRITTEN = """
+import os, runpy, signal, sys
+import common
+
+def die(descriptor, calls=[]):
+    calls.append(descriptor)
+    if len(calls) == 3:  # args.json, the first checkpoint, the second
+        os.truncate(descriptor, os.fstat(descriptor).st_size // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+common.os.fsync = die
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 @every_script
-def test_killed_while_a_checkpoint_is_written_the_old_one_stays(script, tmp_path, monkeypatch):
+def test_killed_while_a_checkpoint_is_written_the_old_one_stays(script, tmp_path):
     whole = run(script, tmp_path / "whole", "--no-eval")
-    path = run(script, tmp_path / "parts", "--no-eval", "--epochs", "1")
-
-    class Killed(BaseException):
-        pass
-
-    def die(file):
-        raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(common.os, "replace", lambda *_: die(None))
-        patch.setattr(common, "open_run", lambda *_: (path, common.SummaryWriter(path)))
-        module = tiny.add_to(script)
-        patch.setattr(module, "open_run", common.open_run)
-        with pytest.raises(Killed):
-            resume(script, path, "--epochs", "2")
-    resume(script, path, "--epochs", "3")
+    options = ("--no-eval", "--checkpoint-every", "0")
+    process = start(script, tmp_path, *options, launcher=("-c", HALF_WRITTEN))
+    assert process.wait() == -signal.SIGKILL, process.stderr.read()
+    (path,) = (tmp_path / "runs").iterdir()
+    assert len(list(path.glob(".checkpoint.pt.*"))) == 1
+    assert common.load_checkpoint(path)["epoch"] == 1
+    process = start(script, tmp_path, *options, "--resume", str(path))
+    assert process.wait() == 0, process.stderr.read()
     assert_same_weights(whole, path)
+    assert not list(path.glob(".*"))
 
 
 @every_script
