@@ -213,7 +213,7 @@ def main():
     contenders = contenders_of(options)
     steps = {name: make_step(name, options, device) for name in contenders}
     with FlopCounterMode(display=False) as counter:
-        our_step("mopoe", "float32", options, device)()
+        make_step("mopoe float32", options, device)()
     operations = counter.get_total_flops() / options.batch_size
     repeat = {}
     for name, step in steps.items():
