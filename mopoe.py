@@ -22,32 +22,19 @@ import torch
 from torch import nn
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 
+import common
 import datasets
 import evaluate
 from common import (
-    accelerate,
     bounded,
-    capture,
-    command,
     decoder,
     encoder,
-    epoch_row,
     gaussian,
     gaussian_kl,
     hide,
-    interruptible,
     likelihood,
-    open_run,
-    parse,
-    parser,
     product_of_gaussians,
-    progress,
-    restore,
-    save_checkpoint,
-    seed_of,
-    setup,
     subset_masks,
-    write_row,
 )
 
 DEFAULTS = {
@@ -58,31 +45,16 @@ DEFAULTS = {
 
 
 def arguments(argv):
-    p, model = parser(__doc__, DEFAULTS)
-    model.add_argument(
-        "--subsets",
-        choices=["all", "singletons", "full"],
-        default="all",
-        help="components of the mixture: all subsets, the single modalities, or the full set",
-    )
-    model.add_argument(
-        "--expectation",
-        choices=["stratified", "all"],
-        default="stratified",
-        help="sample one subset an example, evenly over the batch, or every subset, Eq. (5)",
-    )
-    model.add_argument(
-        "--kl",
-        choices=["components", "mixture"],
-        default="components",
-        help="mean of the components' KLs in closed form, or the mixture's own by Monte Carlo",
-    )
-    model.add_argument(
-        "--prior-expert",
-        action="store_true",
-        help="multiply the full set's product by the prior, as the released code does",
-    )
-    return parse(p, argv, DEFAULTS)
+    p, model = common.parser(__doc__, DEFAULTS)
+    add = model.add_argument
+    kinds = "components of the mixture: all subsets, the single modalities, or the full set"
+    add("--subsets", choices=["all", "singletons", "full"], default="all", help=kinds)
+    kinds = "sample one subset an example, evenly over the batch, or every subset, Eq. (5)"
+    add("--expectation", choices=["stratified", "all"], default="stratified", help=kinds)
+    kinds = "mean of the components' KLs in closed form, or the mixture's own by sampling"
+    add("--kl", choices=["components", "mixture"], default="components", help=kinds)
+    add("--prior-expert", action="store_true", help="the full set's product has the prior in it")
+    return common.parse(p, argv, DEFAULTS)
 
 
 # -------------------------------------------------------------------------------------- model
@@ -234,10 +206,10 @@ def stratified(weights):
 # ----------------------------------------------------------------------------------- training
 
 
-@command
+@common.command
 def main(argv=None):
     args = arguments(argv)
-    device, rank, world = setup(args)
+    device, rank, world = common.setup(args)
     data = datasets.load(args)
     train = data.train.to(device)
     steps = len(datasets.epoch_order(len(train), args.batch_size, args.seed))
@@ -254,7 +226,7 @@ def main(argv=None):
     optimizer = torch.optim.Adam(
         model.parameters(), lr=args.lr, fused=True, capturable=device.type == "cuda"
     )
-    fast_model = accelerate(model, args, device, world)
+    fast_model = common.accelerate(model, args, device, world)
 
     def update(rows):
         x, observed = train.batch(rows)
@@ -266,28 +238,30 @@ def main(argv=None):
         optimizer.step()
         return torch.stack([value.detach().mean(), *terms.values()])
 
-    update = capture(update, args, device, world)
+    update = common.capture(update, args, device, world)
     names = ["objective", "kl", *(f"log_px/{m.name}" for m in data.modalities)]
-    start = restore(args, model, optimizer) if args.resume else 0
-    run, writer = open_run(args, __file__, data.source, start) if rank == 0 else (None, None)
+    start = common.restore(args, model, optimizer) if args.resume else 0
+    run, writer = common.open_run(args, __file__, data.source, start) if rank == 0 else (None, None)
     saved = 0.0
 
-    with interruptible(run), progress(args, start, steps, rank) as bar:
+    with common.interruptible(run), common.progress(args, start, steps, rank) as bar:
         for epoch in range(start + 1, args.epochs + 1):
             began = time.monotonic()
-            torch.manual_seed(seed_of(args.seed, epoch, rank))
-            order = datasets.epoch_order(len(train), args.batch_size, seed_of(args.seed, epoch))
+            torch.manual_seed(common.seed_of(args.seed, epoch, rank))
+            order = datasets.epoch_order(
+                len(train), args.batch_size, common.seed_of(args.seed, epoch)
+            )
             order = order[:, rank::world].contiguous().to(device)
             log = torch.empty(steps, len(names), device=device)
             for step, rows in enumerate(order):
                 log[step] = update(rows)
                 bar.update(args.batch_size)
-            row = epoch_row(epoch, names, log, began, steps * args.batch_size)
+            row = common.epoch_row(epoch, names, log, began, steps * args.batch_size)
             bar.set_postfix_str(f"epoch {epoch}, objective {row['objective']:.1f}")
             if rank == 0:
-                write_row(run, writer, row)
+                common.write_row(run, writer, row)
                 if epoch == args.epochs or time.monotonic() - saved > args.checkpoint_every:
-                    save_checkpoint(run, model, optimizer, epoch, config)
+                    common.save_checkpoint(run, model, optimizer, epoch, config)
                     saved = time.monotonic()
 
     if rank == 0 and not args.no_eval:

@@ -25,7 +25,7 @@ import common
 import datasets
 import evaluate
 
-SCRIPTS = ["mopoe"]
+SCRIPTS = ["mopoe", "mmvae"]
 every_script = pytest.mark.parametrize("script", SCRIPTS)
 
 

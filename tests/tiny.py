@@ -4,6 +4,7 @@ Two modalities say a class of three: four numbers, and the class itself.
 """
 
 import importlib
+import signal
 import sys
 from pathlib import Path
 
@@ -42,5 +43,7 @@ def add_to(script):
 
 
 if __name__ == "__main__":
+    # A shell's background jobs ignore Ctrl-C, and so do their children.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.argv[0] = sys.argv[1] + ".py"
     add_to(sys.argv[1]).main(sys.argv[2:])

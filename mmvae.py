@@ -1,0 +1,361 @@
+"""MMVAE: Shi, Siddharth, Paige and Torr, "Variational Mixture-of-Experts Autoencoders for
+Multi-Modal Deep Generative Models", NeurIPS 2019.
+
+The posterior is the mean of the modalities' experts, q(z|x) = 1/M Σ_m q_m(z|x_m); the samples are
+drawn evenly from the experts, and every density of the posterior is the mixture's own.
+
+    python mmvae.py                                    polydigits, two minutes on a laptop
+    python mmvae.py --dataset polymnist --beta 2.5     the setting of Sutter et al. 2021
+    torchrun --nproc-per-node 8 mmvae.py ...           several GPUs
+
+Expected on polydigits: EXPECTED.
+
+With w_m^k = p(z_m^k, x) / q(z_m^k|x) and z_m^k ~ q_m, k = 1 … K, `--objective` is one of
+    elbo          mean of log w, Eq. (1)
+    iwae          1/M Σ_m log 1/K Σ_k w_m^k, Eq. (3), the paper's "looser" bound
+    iwae-tight    log of the mean of all weights, Eq. (5) of the supplement
+    dreg          iwae with the published doubly reparametrised gradient, Eq. (8); biased for M > 1,
+                  since samples come from q_m while the density in w is the mixture's
+    dreg-tight    the same for iwae-tight
+    dreg-mixture  iwae with the unbiased gradient derived in `objective`
+    elbo-is       elbo with component KLs, M decodings in place of M²; its variance is finite only
+                  while the experts' scales differ by less than about √2 (supplement, App. B)
+The value is always the bound itself, whatever the gradient; as K grows only iwae-tight rises to
+log p(x), iwae to 1/M Σ_m log E_q_m[w], which is less.
+"""
+
+import math
+import time
+
+import torch
+from torch import nn
+from torch.distributions import (
+    Categorical,
+    Independent,
+    Laplace,
+    MixtureSameFamily,
+    Normal,
+    kl_divergence,
+)
+
+import common
+import datasets
+import evaluate
+from common import (
+    UserError,
+    bounded,
+    decoder,
+    encoder,
+    hide,
+    likelihood,
+    log_mean_exp,
+)
+
+# As the papers compare it (Sutter et al. 2021, App. B.1): Gaussians and no importance samples.
+COMPARED = dict(distribution="normal", scales="free", objective="elbo", K=1)
+DEFAULTS = {
+    "polydigits": dict(epochs=30, batch_size=64, lr=2e-3, latent_dim=32, beta=1.0, **COMPARED),
+    "polymnist": dict(epochs=300, batch_size=256, lr=1e-3, latent_dim=512, beta=2.5, **COMPARED),
+}
+OBJECTIVES = ("elbo", "iwae", "iwae-tight", "dreg", "dreg-tight", "dreg-mixture", "elbo-is")
+
+
+def arguments(argv):
+    p, model = common.parser(__doc__, DEFAULTS)
+    add = model.add_argument
+    add("--objective", choices=OBJECTIVES, default="iwae", help="bound and gradient, see above")
+    add("--K", type=common.number(int, 1, 10**6), default=30, help="samples of each expert")
+    kinds = "elbo: the mixture's KL by sampling, or the mean of the experts' in closed form"
+    add("--kl", choices=["mixture", "components"], default="mixture", help=kinds)
+    add("--distribution", choices=["laplace", "normal"], default="laplace", help="prior, experts")
+    kinds = "scales that sum to their number by a softmax, or exp of half a log-variance"
+    add("--scales", choices=["sum", "free"], default="sum", help=kinds)
+    add("--learn-prior", action="store_true", help="learn the prior's scales, which sum to D")
+    add("--amsgrad", action="store_true", help="Adam with AMSGrad, as in the paper")
+    return common.parse(p, argv, DEFAULTS)
+
+
+# -------------------------------------------------------------------------------------- model
+
+
+class MMVAE(nn.Module):
+    """z = (c, s_1, ..., s_M): a shared latent of latent_dim and, where private_dim > 0, a private
+    one for each modality, drawn from its own expert; D = latent_dim + M * private_dim."""
+
+    def __init__(
+        self,
+        modalities,
+        latent_dim,
+        private_dim=0,
+        beta=1.0,
+        objective="iwae",
+        K=30,
+        kl="mixture",
+        distribution="laplace",
+        scales="sum",
+        learn_prior=False,
+    ):
+        super().__init__()
+        if private_dim and objective in ("elbo-is", "dreg-mixture"):
+            raise UserError(f"--objective {objective}: is not defined with --private-dim")
+        if kl == "components" and objective != "elbo":
+            raise UserError(f"--kl components: belongs to --objective elbo, not {objective}")
+        self.modalities = modalities
+        self.latent_dim, self.private_dim = latent_dim, private_dim
+        self.beta, self.name, self.K, self.kl = beta, objective, K, kl
+        self.distribution = {"laplace": Laplace, "normal": Normal}[distribution]
+        self.scales, self.learn_prior = scales, learn_prior
+        D = latent_dim + private_dim
+        self.encoders = nn.ModuleList(encoder(m, 2 * D) for m in modalities)
+        self.decoders = nn.ModuleList(decoder(m, D) for m in modalities)
+        self.prior_logits = nn.Parameter(torch.zeros(latent_dim), requires_grad=learn_prior)
+        private = torch.ones(len(modalities) * private_dim)
+        self.register_buffer("private_scales", private, persistent=False)
+
+    def independent(self, loc, scale):
+        """The distribution of the prior and the experts, with event shape (D,)."""
+        return Independent(self.distribution(loc, scale, validate_args=False), 1, False)
+
+    def prior(self):
+        """p(z), event shape (D,); its shared scales sum to latent_dim and are 1 unless learnt."""
+        scale = torch.cat([scales_that_sum(self.prior_logits), self.private_scales])
+        return self.independent(torch.zeros_like(scale), scale)
+
+    def posterior(self, x):
+        """q(z|x_S) for the modalities in x: the mixture of their experts; the private latent of an
+        absent modality follows its prior."""
+        loc, scale = self.experts(x)
+        given = [i for i, m in enumerate(self.modalities) if m.name in x]
+        weights = torch.ones_like(loc[given, :, 0]) / len(given)
+        q = self.independent(loc[given].movedim(0, 1), scale[given].movedim(0, 1))
+        mix = Categorical(probs=weights.T, validate_args=False)
+        return MixtureSameFamily(mix, q, validate_args=False)
+
+    def decode(self, z, names=None):
+        """p(x_i|z) for z (..., D): of every modality, or of the named ones."""
+        c, *s = z.split([self.latent_dim] + [self.private_dim] * len(self.modalities), -1)
+        return {
+            m.name: likelihood(m, decode(torch.cat([c, s_i], -1)))
+            for m, decode, s_i in zip(self.modalities, self.decoders, s, strict=True)
+            if names is None or m.name in names
+        }
+
+    def experts(self, x, observed=None):
+        """Location and scale of every expert q_m(z|x_m), (M, B, D) each: its own shared part, and
+        beside it all private parts. An expert that is not in x or not observed means nothing."""
+        heads = {
+            m.name: encode(x[m.name])
+            for m, encode in zip(self.modalities, self.encoders, strict=True)
+            if m.name in x
+        }
+        absent = torch.zeros_like(next(iter(heads.values())))
+        heads = torch.stack([heads.get(m.name, absent) for m in self.modalities])
+        loc, raw = bounded(*heads.chunk(2, -1))
+        parts = [self.latent_dim, self.private_dim]
+        (loc, loc_s), raw = loc.split(parts, -1), raw.split(parts, -1)
+        if self.scales == "sum":
+            scale, scale_s = (scales_that_sum(t) for t in raw)
+        else:
+            scale, scale_s = (torch.exp(0.5 * t) for t in raw)
+        if self.private_dim:
+            given = torch.tensor([m.name in x for m in self.modalities], device=loc.device)
+            given = given[:, None].expand(-1, loc.shape[1]) if observed is None else observed.T
+            loc_s = torch.where(given[..., None], loc_s, 0)
+            scale_s = torch.where(given[..., None], scale_s, 1)
+            s = [t.movedim(0, 1).flatten(1).expand(len(loc), -1, -1) for t in (loc_s, scale_s)]
+            loc, scale = torch.cat([loc, s[0]], -1), torch.cat([scale, s[1]], -1)
+        return loc, scale
+
+    def objective(self, x, observed=None):
+        """The bound that --objective names, per example (B,); of log p(x_observed) where β = 1 and
+        all λ = 1. Terms: the KL and each log p(x_i|z), in nats. Every example needs one observed
+        modality."""
+        x = hide(x, observed, self.modalities)
+        loc, scale = self.experts(x, observed)  # (M, B, D)
+        seen = torch.ones_like(loc[..., 0]) if observed is None else observed.T.to(loc)
+        pi = seen / seen.sum(0)  # (M, B), the mixture's weights
+        if self.name == "elbo-is":
+            return self.importance_sampled_elbo(x, loc, scale, seen, pi)
+        z = self.independent(loc, scale).rsample((self.K,))  # (K, M, B, D)
+        doubly, tight = self.name.startswith("dreg"), self.name.endswith("tight")
+        held = (loc.detach(), scale.detach()) if doubly else (loc, scale)
+
+        # log w = Σ_i λ_i log p(x_i|z) + β (log p(z) - log q(z|x)), (K, M, B)
+        at = z.view_as(z)  # a node of its own, for the gradient's weights below
+        log_p = {
+            m.name: seen[i] * p.log_prob(x[m.name])
+            for i, (m, p) in enumerate(zip(self.modalities, self.decode(at).values(), strict=True))
+        }
+        log_q = torch.logsumexp(self.log_joint(pi, *held, at), 0)
+        kl = log_q - self.prior().log_prob(at)
+        if self.kl == "components":
+            kl = kl_divergence(self.independent(loc, scale), self.prior()).expand_as(kl)
+        log_w = sum(m.weight * log_p[m.name] for m in self.modalities) - self.beta * kl
+
+        if self.name == "elbo":
+            value = (pi * log_w.mean(0)).sum(0)  # Eq. (1)
+        elif tight:
+            value = torch.logsumexp(pi.log() + log_w, (0, 1)) - math.log(self.K)  # Eq. (5)
+        else:
+            value = (pi * log_mean_exp(log_w, 0)).sum(0)  # Eq. (3)
+        if doubly:
+            value = value.detach() + self.doubly_reparametrised(pi, loc, scale, z, at, log_w, tight)
+        return value, self.terms(kl, log_p, pi, seen)
+
+    forward = objective
+
+    def doubly_reparametrised(self, pi, loc, scale, z, at, log_w, tight):
+        """Zeros (B,) with the gradient of "dreg", "dreg-tight" or "dreg-mixture".
+
+        Eq. (8): the decoders and the prior get Σ w̄ ∇ log w, the encoders Σ w̄² ∂log w/∂z ∂z/∂φ with
+        the parameters of q held fixed in log w. The second w̄ turns the score term -β w̄ ∇_φ log q
+        into a path; for β ≠ 1 it is 1 - β (1 - w̄).
+
+        With several experts that score is of the mixture while z is from its m-th expert. Let
+        r_n = π_n q_n / Σ_j π_j q_j: the score is Σ_n r_n ∇ log q_n, of which only the m-th term
+        can become a path, of r_m w̄ as a whole; the others stay. That is "dreg-mixture", unbiased:
+        [w̄ - β w̄ (1 - w̄) r_m] ∂log w/∂z - β w̄ ∂r_m/∂z along z, and -β w̄ r_n ∇ log q_n for n ≠ m.
+        """
+        if tight:  # normalised over all samples, for iwae over those of each expert
+            w = torch.softmax((pi.log() + log_w).detach().flatten(0, 1), 0).view_as(log_w)
+            weight = w
+        else:
+            w = torch.softmax(log_w.detach(), 0)
+            weight = pi * w
+        gradient, share = weight * log_w, torch.ones_like(w)
+        if self.name == "dreg-mixture":
+            r = torch.softmax(self.log_joint(pi, loc.detach(), scale.detach(), z), 0)
+            own = torch.einsum("mkmb->kmb", r)
+            share = own.detach()
+            others = r.detach() * (1 - torch.eye(len(r)).to(r))[:, None, :, None]
+            score = (others * self.log_experts(loc, scale, z.detach())).sum(0)
+            gradient = gradient - self.beta * weight * (own + score)
+        if at.requires_grad:
+            at.register_hook(lambda g: g * (1 - self.beta * (1 - w) * share)[..., None])
+        gradient = gradient.sum((0, 1))
+        return gradient - gradient.detach()
+
+    def importance_sampled_elbo(self, x, loc, scale, seen, pi):
+        """The ELBO with component KLs from one decoding of each modality (supplement, App. B).
+
+        E_{q_i}[log p(x_j|z)] is taken at z_j ~ q_j with the weight q_i(z_j) / q_j(z_j), in which z_j
+        and q_j are constants; only the term i = j has a gradient along z_j.
+        """
+        z = self.independent(loc, scale).rsample((self.K,))
+        log_q = self.log_experts(loc, scale, z.detach())  # (N, K, M, B)
+        own = torch.einsum("mkmb->kmb", log_q).detach()
+        same = torch.eye(len(loc), dtype=torch.bool, device=loc.device)[:, None, :, None]
+        ratio = torch.exp(torch.where(same, 0, log_q - own))
+        share = (pi[:, None, None] * ratio).sum(0)  # Σ_i π_i q_i(z_j) / q_j(z_j)
+        log_p, reconstruction = {}, 0.0
+        for j, m in enumerate(self.modalities):
+            z_j = z[:, j]
+            if z_j.requires_grad:
+                along = (pi[j] / share[:, j].detach())[..., None]
+                z_j.register_hook(lambda g, along=along: g * along)
+            p = self.decode(z_j, [m.name])[m.name]
+            log_p[m.name] = seen[j] * share[:, j] * p.log_prob(x[m.name])  # (K, B)
+            reconstruction = reconstruction + m.weight * log_p[m.name].mean(0)
+        kl = kl_divergence(self.independent(loc, scale), self.prior())
+        value = reconstruction - self.beta * (pi * kl).sum(0)
+        # The shares hold the weights π already, so every expert's part is the same here.
+        log_p = {name: t[:, None].expand(-1, len(loc), -1) for name, t in log_p.items()}
+        return value, self.terms(kl[None], log_p, pi, seen)
+
+    def log_experts(self, loc, scale, z):
+        """log q_n(z_m^k|x_n) for samples z (K, M, B, D) of all experts m, (N, K, M, B)."""
+        return self.independent(loc[:, None, None], scale[:, None, None]).log_prob(z)
+
+    def log_joint(self, pi, loc, scale, z):
+        """log π_n q_n(z_m^k|x_n), (N, K, M, B)."""
+        return pi.log()[:, None, None] + self.log_experts(loc, scale, z)
+
+    def terms(self, kl, log_p, pi, seen):
+        """What is logged: means over the mixture, the samples and the batch."""
+        means = {"kl": (pi * kl.mean(0)).sum(0).mean().detach()}
+        for (name, t), s in zip(log_p.items(), seen, strict=True):
+            mean = (pi * t.mean(0)).sum() / s.sum().clamp(min=1)
+            means[f"log_px/{name}"] = mean.detach()
+        return means
+
+
+def scales_that_sum(logits):
+    """Positive scales (..., D) whose sum is D, none so small that its square leaves float32."""
+    return (logits.shape[-1] * torch.softmax(logits, -1)).clamp(min=math.exp(-15))
+
+
+# ----------------------------------------------------------------------------------- training
+
+
+@common.command
+def main(argv=None):
+    args = arguments(argv)
+    device, rank, world = common.setup(args)
+    data = datasets.load(args)
+    train = data.train.to(device)
+    steps = len(datasets.epoch_order(len(train), args.batch_size, args.seed))
+    config = dict(
+        latent_dim=args.latent_dim,
+        private_dim=args.private_dim,
+        beta=args.beta,
+        objective=args.objective,
+        K=args.K,
+        kl=args.kl,
+        distribution=args.distribution,
+        scales=args.scales,
+        learn_prior=args.learn_prior,
+    )
+    model = MMVAE(data.modalities, **config).to(device)
+    optimizer = torch.optim.Adam(
+        model.parameters(),
+        lr=args.lr,
+        amsgrad=args.amsgrad,
+        fused=True,
+        capturable=device.type == "cuda",
+    )
+    fast_model = common.accelerate(model, args, device, world)
+
+    def update(rows):
+        x, observed = train.batch(rows)
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
+            value, terms = fast_model(x, observed)
+        loss = -value.sum() / len(rows)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return torch.stack([value.detach().mean(), *terms.values()])
+
+    update = common.capture(update, args, device, world)
+    names = ["objective", "kl", *(f"log_px/{m.name}" for m in data.modalities)]
+    start = common.restore(args, model, optimizer) if args.resume else 0
+    run, writer = common.open_run(args, __file__, data.source, start) if rank == 0 else (None, None)
+    saved = 0.0
+
+    with common.interruptible(run), common.progress(args, start, steps, rank) as bar:
+        for epoch in range(start + 1, args.epochs + 1):
+            began = time.monotonic()
+            torch.manual_seed(common.seed_of(args.seed, epoch, rank))
+            order = datasets.epoch_order(
+                len(train), args.batch_size, common.seed_of(args.seed, epoch)
+            )
+            order = order[:, rank::world].contiguous().to(device)
+            log = torch.empty(steps, len(names), device=device)
+            for step, rows in enumerate(order):
+                log[step] = update(rows)
+                bar.update(args.batch_size)
+            row = common.epoch_row(epoch, names, log, began, steps * args.batch_size)
+            bar.set_postfix_str(f"epoch {epoch}, objective {row['objective']:.1f}")
+            if rank == 0:
+                common.write_row(run, writer, row)
+                if epoch == args.epochs or time.monotonic() - saved > args.checkpoint_every:
+                    common.save_checkpoint(run, model, optimizer, epoch, config)
+                    saved = time.monotonic()
+
+    if rank == 0 and not args.no_eval:
+        evaluate.report(run, model, data, args)
+    if rank == 0:
+        print(f"run: {run}")
+
+
+if __name__ == "__main__":
+    main()

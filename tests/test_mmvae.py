@@ -1,0 +1,440 @@
+"""mmvae.py against exact log-likelihoods, numerical integration and brute force."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from exact import (
+    log_p,
+    mean_and_error,
+    modalities,
+    repeat,
+    sample_x,
+    set_decoders,
+    set_exact_experts,
+)
+from test_mopoe import five as five_of_mopoe
+from torch.distributions import Laplace, Normal
+
+import mmvae
+from common import UserError
+from mmvae import MMVAE, OBJECTIVES
+from mopoe import MoPoE
+
+MASKS = list(itertools.product([False, True], repeat=5))[1:]
+BOUNDS = [name for name in OBJECTIVES if name != "elbo-is"]
+
+
+def exact_mmvae(M=3, D=2, widen=1.0, **kwargs):
+    settings = dict(distribution="normal", scales="free") | kwargs
+    model = MMVAE(modalities(M), D, **settings)
+    set_decoders(model)
+    set_exact_experts(model, widen)
+    return model
+
+
+def five(**kwargs):
+    model, x = five_of_mopoe()
+    return MMVAE(model.modalities, 3, **kwargs), x
+
+
+# ------------------------------------------------------------------------------------- bounds
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("distribution", ["laplace", "normal"])
+def test_every_objective_is_a_lower_bound_of_exact_log_p(float64, objective, distribution):
+    model = exact_mmvae(objective=objective, K=5, distribution="normal")
+    if distribution == "laplace":  # its prior is no Gaussian, so p(x) is integrated: D = 1
+        model = exact_mmvae(D=1, objective=objective, K=5, distribution="laplace")
+    x = repeat(sample_x(model, 1), 20_000)
+    exact = log_p(model, x)[0].item() if distribution == "normal" else integrated_log_p(model, x)
+    mean, error = mean_and_error(model(x)[0].detach())
+    assert mean <= exact + 4 * error
+
+
+GRID = torch.linspace(-30, 30, 60_001, dtype=torch.float64)[:, None]
+
+
+def integrated_log_p(model, x):
+    return log_integral(log_joint(model, x))
+
+
+def log_joint(model, x):
+    """log p(z, x) of the first example for the one-dimensional z of GRID."""
+    value = model.prior().log_prob(GRID)
+    for name, p in model.decode(GRID).items():
+        value = value + p.log_prob(x[name][0])
+    return value
+
+
+def log_integral(log_density):
+    top = log_density.max()
+    return (top + torch.trapezoid((log_density - top).exp(), GRID[:, 0]).log()).item()
+
+
+@pytest.mark.parametrize("distribution", ["laplace", "normal"])
+def test_tight_rises_to_log_p_and_loose_to_its_own_limit_below(float64, distribution):
+    """loose: 1/M Σ_m log E_q_m[w], integrated numerically; tight: log p(x)."""
+    model = exact_mmvae(D=1, widen=1.5, distribution=distribution)
+    x = repeat(sample_x(model, 1), 4000)
+    exact = integrated_log_p(model, x)
+    loc, scale = model.experts({name: t[:1] for name, t in x.items()})
+    log_q = model.independent(loc, scale).log_prob(GRID[:, None, None])[..., 0].squeeze(-1)
+    log_q = log_q.view(len(GRID), 3)
+    log_w = log_joint(model, x) - torch.logsumexp(log_q, 1) + math.log(3)
+    limit = sum(log_integral(log_q[:, m] + log_w) for m in range(3)) / 3
+    assert limit < exact
+    for name, goal in (("iwae-tight", exact), ("iwae", limit)):
+        model.name, previous = name, -math.inf
+        for K in (1, 5, 50, 500):
+            model.K = K
+            mean, error = mean_and_error(model(x)[0].detach())
+            assert previous - 4 * error < mean < goal + 4 * error
+            previous = mean
+        assert mean == pytest.approx(goal, abs=4 * error + 0.01)
+
+
+def test_tight_is_above_loose_is_above_elbo_on_shared_samples(float64):
+    model, x = five(K=7)
+    values = []
+    for name in ("iwae-tight", "iwae", "elbo"):
+        model.name = name
+        torch.manual_seed(1)
+        values.append(model(x)[0])
+    assert (values[0] >= values[1]).all() and (values[1] >= values[2]).all()
+    assert (values[0] > values[2]).all()
+
+
+def test_the_gradients_name_does_not_change_the_value(float64):
+    """Fault 12: the reported value is the bound, not the surrogate that carries DReG's gradient."""
+    model, x = five(K=4)
+    for names in (("iwae", "dreg", "dreg-mixture"), ("iwae-tight", "dreg-tight")):
+        values = []
+        for model.name in names:
+            torch.manual_seed(1)
+            values.append(model(x)[0])
+            with torch.no_grad():
+                torch.manual_seed(1)
+                assert model(x)[0].equal(values[-1])
+        assert all(value.allclose(values[0], rtol=1e-13) for value in values)
+
+
+def test_bound_is_tight_with_one_exact_expert(float64):
+    for objective in BOUNDS:
+        model = exact_mmvae(M=1, objective=objective, K=3)
+        x = sample_x(model, 5)
+        torch.testing.assert_close(model(x)[0], log_p(model, x))
+
+
+# ---------------------------------------------------------------------------------- gradients
+
+
+def encoder_parameters(model):
+    return [p for e in model.encoders for p in e.parameters()]
+
+
+def mean_gradient(model, x, chunks=60, size=2000):
+    """Gradient of the encoders' parameters, its mean over chunks and its standard error."""
+    rows = repeat(x, size)
+    found = []
+    for _ in range(chunks):
+        gradient = torch.autograd.grad(model(rows)[0].mean(), encoder_parameters(model))
+        found.append(torch.cat([g.flatten() for g in gradient]))
+    found = torch.stack(found)
+    return found.mean(0), found.std(0) / chunks**0.5
+
+
+def toy(M, objective, K, **kwargs):
+    """Linear-Gaussian with experts that are wide, displaced and unlike one another."""
+    model = exact_mmvae(M, 1, objective=objective, K=K, widen=1.6, **kwargs)
+    for i, encoder in enumerate(model.encoders):
+        encoder[1].bias.data += torch.tensor([0.4 * (-1) ** i, 0.3 * i])
+    return model
+
+
+def distance(one, other):
+    """The largest difference of two estimated gradients in standard errors."""
+    (a, error_a), (b, error_b) = one, other
+    return ((a - b).abs() / (error_a.square() + error_b.square()).sqrt()).max().item()
+
+
+def test_iwae_by_autograd_is_the_slope_of_its_value(float64):
+    """Finite differences with common noise."""
+    for objective in ("elbo", "iwae", "iwae-tight"):
+        model = toy(2, objective, 5)
+        x = sample_x(model, 40)
+
+        def value(model=model, x=x):
+            torch.manual_seed(3)
+            return model(x)[0].mean()
+
+        slopes = torch.autograd.grad(value(), encoder_parameters(model))
+        for p, slope in zip(encoder_parameters(model), slopes, strict=True):
+            for i in range(p.numel()):
+                entry, sides = p.data.view(-1), []
+                for step in (1e-5, -2e-5):
+                    entry[i] += step
+                    sides.append(value().item())
+                entry[i] += 1e-5
+                # Central differences err by step² = 1e-10 times a third derivative.
+                assert slope.view(-1)[i].item() == pytest.approx(
+                    (sides[0] - sides[1]) / 2e-5, abs=1e-6
+                )
+
+
+@pytest.mark.parametrize("K", [1, 5, 10])
+def test_dreg_is_unbiased_with_one_expert(float64, K):
+    x = sample_x(toy(1, "iwae", K), 1)
+    iwae, dreg = (mean_gradient(toy(1, name, K), x) for name in ("iwae", "dreg"))
+    assert distance(iwae, dreg) < 4.5
+
+
+@pytest.mark.parametrize("M", [2, 3])
+def test_published_dreg_is_biased_with_several_experts(float64, M):
+    """Fault 3's second half: the samples come from q_m, the density in w is the mixture's."""
+    x = sample_x(toy(M, "iwae", 10), 1)
+    iwae, dreg = (mean_gradient(toy(M, name, 10), x) for name in ("iwae", "dreg"))
+    assert distance(iwae, dreg) > 10
+
+
+@pytest.mark.parametrize("M", [1, 2, 3])
+@pytest.mark.parametrize("K", [1, 5, 10])
+@pytest.mark.parametrize("distribution", ["normal", "laplace"])
+def test_dreg_mixture_is_unbiased(float64, M, K, distribution):
+    kinds = dict(distribution=distribution)
+    x = sample_x(toy(M, "iwae", K, **kinds), 1)
+    iwae, mixture = (
+        mean_gradient(toy(M, name, K, **kinds), x) for name in ("iwae", "dreg-mixture")
+    )
+    assert distance(iwae, mixture) < 4.5
+    ratio = (iwae[1].square().sum() / mixture[1].square().sum()).item()
+    print(f"M {M}, K {K}, {distribution}: variance of iwae / dreg-mixture {ratio:.2f}")
+
+
+@pytest.mark.parametrize("beta", [0.5, 2.0])
+def test_dreg_mixture_is_unbiased_for_other_beta(float64, beta):
+    x = sample_x(toy(2, "iwae", 5), 1)
+    iwae, mixture = (
+        mean_gradient(toy(2, name, 5, beta=beta), x) for name in ("iwae", "dreg-mixture")
+    )
+    assert distance(iwae, mixture) < 4.5
+
+
+def test_dregs_second_weight_reaches_the_encoders(float64):
+    """Fault 3: the released hook sits on a copy that is no ancestor of the loss. The gradient along
+    z must be w̄² ∂log w/∂z, by hand for one expert."""
+    model = toy(1, "dreg", 4)
+    x = sample_x(model, 3)
+    torch.manual_seed(2)
+    gradient = torch.autograd.grad(model(x)[0].sum(), encoder_parameters(model))
+
+    torch.manual_seed(2)
+    loc, scale = model.experts(x)
+    z = model.independent(loc, scale).rsample((4,))
+    held = z.detach().requires_grad_()
+    log_w = model.prior().log_prob(held) - model.independent(loc.detach(), scale.detach()).log_prob(
+        held
+    )
+    log_w = log_w + sum(p.log_prob(x[name]) for name, p in model.decode(held).items())
+    (path,) = torch.autograd.grad(log_w.sum(), held)
+    w = torch.softmax(log_w, 0)[..., None].detach()
+    expected = torch.autograd.grad((w**2 * path * z).sum(), encoder_parameters(model))
+    torch.testing.assert_close(gradient, expected)
+
+
+@pytest.mark.parametrize("objective", ["dreg", "dreg-tight", "dreg-mixture"])
+def test_decoders_and_prior_get_the_gradient_of_the_bound(float64, objective):
+    model = toy(2, objective, 5, scales="sum", learn_prior=True)
+    plain = toy(
+        2, "iwae-tight" if "tight" in objective else "iwae", 5, scales="sum", learn_prior=True
+    )
+    x = sample_x(model, 4)
+    found = []
+    for m in (model, plain):
+        torch.manual_seed(2)
+        rest = [*m.decoders.parameters(), m.prior_logits]
+        found.append(torch.autograd.grad(m(x)[0].sum(), rest))
+    torch.testing.assert_close(found[0], found[1])
+
+
+# ------------------------------------------------------------------- importance-sampled ELBO
+
+
+def test_importance_sampled_elbo_is_the_elbo_in_expectation(float64):
+    """Value and gradient of encoders and decoders, the scales within √2 of one another."""
+    found = {}
+    for objective, kl in (("elbo", "components"), ("elbo-is", "mixture")):
+        model = exact_mmvae(2, 1, objective=objective, K=3, kl=kl)
+        for i, encoder in enumerate(model.encoders):
+            encoder[1].weight.data[1] = 0
+            encoder[1].bias.data[1] = -0.5 + 0.3 * i  # log-variances
+        x = {name: torch.full((1, 4), 0.3) for name in ("x0", "x1")}
+        rows, parameters = repeat(x, 4000), list(model.parameters())[1:]
+        gradients, values = [], []
+        for _ in range(60):
+            value = model(rows)[0].mean()
+            gradient = torch.autograd.grad(value, parameters)
+            gradients.append(torch.cat([g.flatten() for g in gradient]))
+            values.append(value.detach())
+        values, gradients = torch.stack(values), torch.stack(gradients)
+        found[objective] = [
+            (t.mean(0), t.std(0) / len(t) ** 0.5) for t in (values[:, None], gradients)
+        ]
+    for one, other in zip(found["elbo"], found["elbo-is"], strict=True):
+        assert distance(one, other) < 4.5
+
+
+def test_importance_sampled_elbo_decodes_each_modality_once(float64, monkeypatch):
+    model, x = five(objective="elbo-is", K=2)
+    sizes = {}
+    for m, d in zip(model.modalities, model.decoders, strict=True):
+        d.register_forward_hook(
+            lambda _, inputs, __, name=m.name: sizes.setdefault(name, []).append(inputs[0].shape)
+        )
+    model(x)
+    assert {name: [tuple(s) for s in shapes] for name, shapes in sizes.items()} == {
+        name: [(2, 6, 3)] for name in "abcde"
+    }
+
+
+# --------------------------------------------------------------------- relations and conditions
+
+
+def test_mopoe_with_singletons_is_mmvae(float64):
+    """All subsets sampled, component KLs; the same parameters and noise."""
+    model, x = five(distribution="normal", scales="free", objective="elbo", K=1, kl="components")
+    other = MoPoE(model.modalities, 3, subsets="singletons", expectation="all")
+    model.load_state_dict(other.state_dict(), strict=False)
+    values = []
+    for m in (model, other):
+        torch.manual_seed(4)
+        values.append(m(x)[0])
+    torch.testing.assert_close(values[0], values[1], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("distribution", ["laplace", "normal"])
+def test_posterior_is_the_mixture_of_the_given(float64, distribution):
+    model = MMVAE(modalities(3, n=1), 1, distribution=distribution, scales="free")
+    x = {m.name: torch.randn(1, 1) for m in model.modalities}
+    some = {name: x[name] for name in ("x0", "x2")}
+    q = model.posterior(some)
+    assert q.batch_shape == (1,) and q.event_shape == (1,)
+    density = q.log_prob(GRID[:, None]).exp()[:, 0]
+    assert torch.trapezoid(density, GRID[:, 0]).item() == pytest.approx(1.0, abs=1e-6)
+    kind = {"laplace": Laplace, "normal": Normal}[distribution]
+    parts = []
+    for i in (0, 2):
+        loc, raw = model.encoders[i](x[f"x{i}"]).chunk(2, -1)
+        parts.append(kind(loc, torch.exp(0.5 * raw)).log_prob(GRID).exp())
+    torch.testing.assert_close(density, (parts[0] + parts[1])[:, 0] / 2)
+    samples = q.sample((50_000,)).flatten().sort().values
+    cdf = torch.cumulative_trapezoid(density, GRID[:, 0])
+    at = torch.searchsorted(GRID[:, 0].contiguous(), samples).clamp(max=len(cdf)) - 1
+    assert (cdf[at] - torch.arange(50_000) / 50_000).abs().max() < 1.95 / 50_000**0.5
+
+
+def test_scales_sum_to_their_number(float64):
+    model, x = five(private_dim=2, learn_prior=True)
+    model.prior_logits.data = torch.randn(3)
+    _, scale = model.experts(x)
+    torch.testing.assert_close(scale[..., :3].sum(-1), torch.full((5, 6), 3.0))
+    assert model.prior().base_dist.scale[:3].sum().item() == pytest.approx(3.0)
+    assert (model.prior().base_dist.scale[3:] == 1).all()
+    assert not MMVAE(model.modalities, 3).prior_logits.requires_grad
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("private_dim", [0, 2])
+def test_masked_content_changes_neither_value_nor_gradient(float64, objective, private_dim):
+    """NaN, infinity and impossible tokens behind the mask; every pattern, mixed within a batch."""
+    if private_dim and objective in ("elbo-is", "dreg-mixture"):
+        pytest.skip("refused")
+    model, x = five(objective=objective, K=3, private_dim=private_dim, learn_prior=True)
+    observed = torch.tensor(MASKS)
+    x = {name: value[torch.arange(31) % 6] for name, value in x.items()}
+    poison = {"a": torch.nan, "b": torch.inf, "c": -torch.inf, "d": 999, "e": -5}
+    spoilt = {name: value.clone() for name, value in x.items()}
+    for i, name in enumerate("abcde"):
+        spoilt[name][~observed[:, i]] = poison[name]
+    found = []
+    for batch in (x, spoilt):
+        model.zero_grad()
+        torch.manual_seed(0)
+        value, terms = model(batch, observed)
+        value.sum().backward()
+        found.append([value, *terms.values(), *(p.grad for p in model.parameters())])
+    assert all(t.isfinite().all() for t in found[0])
+    for clean, poisoned in zip(*found, strict=True):
+        assert clean.equal(poisoned)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_masked_value_is_that_of_the_model_without_them(float64, objective, monkeypatch):
+    """All 31 masks: as if the masked modalities did not exist."""
+    model, x = five(objective=objective, K=3, distribution="normal")
+    noise = torch.randn(3, 5, 6, 3)
+    for mask in MASKS:
+        kept = [i for i, given in enumerate(mask) if given]
+        small = MMVAE([model.modalities[i] for i in kept], 3, 0, 1.0, objective, 3)
+        small.distribution = model.distribution
+        for i, k in enumerate(kept):
+            small.encoders[i], small.decoders[i] = model.encoders[k], model.decoders[k]
+        found = []
+        for m, rows, observed in (
+            (small, noise[:, kept], None),
+            (model, noise, torch.tensor(mask).expand(6, 5)),
+        ):
+            standard = "torch.distributions.normal._standard_normal"
+            monkeypatch.setattr(standard, lambda *_, rows=rows, **__: rows)
+            found.append(m({k.name: x[k.name] for k in m.modalities}, observed))
+        torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-12, atol=1e-12)
+        for name, value in found[0][1].items():
+            torch.testing.assert_close(found[1][1][name], value)
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        dict(objective="elbo-is", private_dim=1),
+        dict(objective="dreg-mixture", private_dim=1),
+        dict(objective="iwae", kl="components"),
+    ],
+)
+def test_combinations_without_sense_are_refused(kwargs):
+    with pytest.raises(UserError, match="--"):
+        MMVAE(modalities(2), 2, **kwargs)
+
+
+def test_likelihood_weights_stay_out_of_log_likelihoods(float64):
+    """Fault 4: a reported log p(x) has none; the objective's terms have none either."""
+    from dataclasses import replace
+
+    from evaluate import importance_sampled
+
+    model = exact_mmvae(2)
+    x = sample_x(model, 4)
+    torch.manual_seed(0)
+    plain = importance_sampled(model, model.posterior(x), x, 20)
+    model.modalities = [replace(m, weight=50.0) for m in model.modalities]
+    torch.manual_seed(0)
+    assert importance_sampled(model, model.posterior(x), x, 20).equal(plain)
+
+
+def test_the_proposal_of_a_log_likelihood_is_the_mixtures_density(float64):
+    """Fault 8: E[p̂ / p] = 1 only where the proposal's density is that of what was drawn."""
+    from evaluate import importance_sampled
+
+    model = exact_mmvae(widen=1.5)
+    x = repeat(sample_x(model, 1), 20_000)
+    ratio = torch.exp(importance_sampled(model, model.posterior(x), x, 15) - log_p(model, x))
+    mean, error = mean_and_error(ratio)
+    assert mean == pytest.approx(1.0, abs=4 * error)
+
+
+def test_the_loose_bound_is_the_default():
+    """Fault 5: the released code trains the tight bound unless told otherwise."""
+    assert MMVAE(modalities(2), 2).name == "iwae"
+    defaults = mmvae.arguments(["--dataset", "polymnist"])
+    assert (defaults.objective, defaults.K, defaults.distribution) == ("elbo", 1, "normal")
