@@ -41,15 +41,7 @@ from torch.distributions import (
 import common
 import datasets
 import evaluate
-from common import (
-    UserError,
-    bounded,
-    decoder,
-    encoder,
-    hide,
-    likelihood,
-    log_mean_exp,
-)
+from common import UserError, bounded, decoder, encoder, hide, likelihood, log_mean_exp
 
 # As the papers compare it (Sutter et al. 2021, App. B.1): Gaussians and no importance samples.
 COMPARED = dict(distribution="normal", scales="free", objective="elbo", K=1)
@@ -104,7 +96,7 @@ class MMVAE(nn.Module):
         self.latent_dim, self.private_dim = latent_dim, private_dim
         self.beta, self.name, self.K, self.kl = beta, objective, K, kl
         self.distribution = {"laplace": Laplace, "normal": Normal}[distribution]
-        self.scales, self.learn_prior = scales, learn_prior
+        self.scales = scales
         D = latent_dim + private_dim
         self.encoders = nn.ModuleList(encoder(m, 2 * D) for m in modalities)
         self.decoders = nn.ModuleList(decoder(m, D) for m in modalities)
@@ -142,7 +134,7 @@ class MMVAE(nn.Module):
 
     def experts(self, x, observed=None):
         """Location and scale of every expert q_m(z|x_m), (M, B, D) each: its own shared part, and
-        beside it all private parts. An expert that is not in x or not observed means nothing."""
+        beside it all private parts. Where x_m is absent they have location 0 and scale 1."""
         heads = {
             m.name: encode(x[m.name])
             for m, encode in zip(self.modalities, self.encoders, strict=True)
@@ -150,18 +142,14 @@ class MMVAE(nn.Module):
         }
         absent = torch.zeros_like(next(iter(heads.values())))
         heads = torch.stack([heads.get(m.name, absent) for m in self.modalities])
+        if observed is not None:
+            heads = torch.where(observed.T[..., None], heads, 0)
         loc, raw = bounded(*heads.chunk(2, -1))
         parts = [self.latent_dim, self.private_dim]
         (loc, loc_s), raw = loc.split(parts, -1), raw.split(parts, -1)
-        if self.scales == "sum":
-            scale, scale_s = (scales_that_sum(t) for t in raw)
-        else:
-            scale, scale_s = (torch.exp(0.5 * t) for t in raw)
+        free = self.scales == "free"
+        scale, scale_s = (torch.exp(0.5 * t) if free else scales_that_sum(t) for t in raw)
         if self.private_dim:
-            given = torch.tensor([m.name in x for m in self.modalities], device=loc.device)
-            given = given[:, None].expand(-1, loc.shape[1]) if observed is None else observed.T
-            loc_s = torch.where(given[..., None], loc_s, 0)
-            scale_s = torch.where(given[..., None], scale_s, 1)
             s = [t.movedim(0, 1).flatten(1).expand(len(loc), -1, -1) for t in (loc_s, scale_s)]
             loc, scale = torch.cat([loc, s[0]], -1), torch.cat([scale, s[1]], -1)
         return loc, scale
@@ -181,7 +169,7 @@ class MMVAE(nn.Module):
         held = (loc.detach(), scale.detach()) if doubly else (loc, scale)
 
         # log w = Σ_i λ_i log p(x_i|z) + β (log p(z) - log q(z|x)), (K, M, B)
-        at = z.view_as(z)  # a node of its own, for the gradient's weights below
+        at = z.view_as(z)  # the same samples; DReG weighs the gradient that comes through here
         log_p = {
             m.name: seen[i] * p.log_prob(x[m.name])
             for i, (m, p) in enumerate(zip(self.modalities, self.decode(at).values(), strict=True))
@@ -244,14 +232,15 @@ class MMVAE(nn.Module):
         z = self.independent(loc, scale).rsample((self.K,))
         log_q = self.log_experts(loc, scale, z.detach())  # (N, K, M, B)
         own = torch.einsum("mkmb->kmb", log_q).detach()
-        same = torch.eye(len(loc), dtype=torch.bool, device=loc.device)[:, None, :, None]
-        ratio = torch.exp(torch.where(same, 0, log_q - own))
+        both = seen[:, None, None] * seen  # (N, 1, M, B)
+        other = both * (1 - torch.eye(len(loc)).to(loc))[:, None, :, None] > 0
+        ratio = torch.exp(torch.where(other, log_q - own, 0))
         share = (pi[:, None, None] * ratio).sum(0)  # Σ_i π_i q_i(z_j) / q_j(z_j)
         log_p, reconstruction = {}, 0.0
         for j, m in enumerate(self.modalities):
             z_j = z[:, j]
             if z_j.requires_grad:
-                along = (pi[j] / share[:, j].detach())[..., None]
+                along = (pi[j] / share[:, j].detach().clamp(min=1e-30))[..., None]
                 z_j.register_hook(lambda g, along=along: g * along)
             p = self.decode(z_j, [m.name])[m.name]
             log_p[m.name] = seen[j] * share[:, j] * p.log_prob(x[m.name])  # (K, B)
@@ -294,25 +283,11 @@ def main(argv=None):
     data = datasets.load(args)
     train = data.train.to(device)
     steps = len(datasets.epoch_order(len(train), args.batch_size, args.seed))
-    config = dict(
-        latent_dim=args.latent_dim,
-        private_dim=args.private_dim,
-        beta=args.beta,
-        objective=args.objective,
-        K=args.K,
-        kl=args.kl,
-        distribution=args.distribution,
-        scales=args.scales,
-        learn_prior=args.learn_prior,
-    )
+    options = "latent_dim private_dim beta objective K kl distribution scales learn_prior"
+    config = {name: getattr(args, name) for name in options.split()}
     model = MMVAE(data.modalities, **config).to(device)
-    optimizer = torch.optim.Adam(
-        model.parameters(),
-        lr=args.lr,
-        amsgrad=args.amsgrad,
-        fused=True,
-        capturable=device.type == "cuda",
-    )
+    settings = dict(lr=args.lr, amsgrad=args.amsgrad, fused=True, capturable=device.type == "cuda")
+    optimizer = torch.optim.Adam(model.parameters(), **settings)
     fast_model = common.accelerate(model, args, device, world)
 
     def update(rows):

@@ -213,19 +213,11 @@ def main(argv=None):
     data = datasets.load(args)
     train = data.train.to(device)
     steps = len(datasets.epoch_order(len(train), args.batch_size, args.seed))
-    config = dict(
-        latent_dim=args.latent_dim,
-        private_dim=args.private_dim,
-        beta=args.beta,
-        subsets=args.subsets,
-        expectation=args.expectation,
-        kl=args.kl,
-        prior_expert=args.prior_expert,
-    )
+    options = "latent_dim private_dim beta subsets expectation kl prior_expert"
+    config = {name: getattr(args, name) for name in options.split()}
     model = MoPoE(data.modalities, **config).to(device)
-    optimizer = torch.optim.Adam(
-        model.parameters(), lr=args.lr, fused=True, capturable=device.type == "cuda"
-    )
+    settings = dict(lr=args.lr, fused=True, capturable=device.type == "cuda")
+    optimizer = torch.optim.Adam(model.parameters(), **settings)
     fast_model = common.accelerate(model, args, device, world)
 
     def update(rows):

