@@ -256,6 +256,8 @@ def main(argv=None):
                     common.save_checkpoint(run, model, optimizer, epoch, config)
                     saved = time.monotonic()
 
+    if world > 1:
+        torch.distributed.destroy_process_group()
     if rank == 0 and not args.no_eval:
         evaluate.report(run, model, data, args)
     if rank == 0:

@@ -1,4 +1,5 @@
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -30,3 +31,18 @@ def data_dir():
 @pytest.fixture(scope="session")
 def cache_dir(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")
+
+
+STARTED = []  # the processes of the running test
+
+
+@pytest.fixture(autouse=True)
+def no_process_is_left_behind():
+    yield
+    while STARTED:
+        process = STARTED.pop()
+        process.terminate()  # lets torchrun end its workers
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()

@@ -17,7 +17,7 @@ BATCH = 12
 
 
 def gradients(model):
-    return [p.grad.clone() for p in model.parameters()]
+    return [p.grad.clone() for p in model.parameters() if p.requires_grad]
 
 
 def main(script, file):
@@ -30,22 +30,26 @@ def main(script, file):
         if isinstance(value, type) and issubclass(value, nn.Module) and value.__module__ == script
     ]
     torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    model = method(tiny.MODALITIES, 3)
     x, _ = tiny.tuples(BATCH, 5)
     x = {name: t.double() if t.is_floating_point() else t for name, t in x.items()}
     mine = slice(rank, None, world)
 
-    # The noise of a row is the same wherever the row is computed.
-    k = torch.arange(BATCH) % 3
+    # The noise of a row is the same wherever the row is computed; rows are the last but one axis.
     rows = {"now": mine}
+
+    def noise(shape):
+        whole = torch.randn(
+            *shape[:-2], BATCH, shape[-1], generator=torch.Generator().manual_seed(1)
+        )
+        return whole[..., rows["now"], :]
+
+    k = torch.arange(BATCH) % 3
     module.stratified = lambda weights: k[rows["now"]]
-
-    def randn_like(t):
-        noise = torch.randn(BATCH, 3, generator=torch.Generator().manual_seed(1))
-        return noise[rows["now"]].expand_as(t).clone()
-
-    torch.randn_like = randn_like
+    torch.randn_like = lambda t: noise(t.shape)
+    torch.distributions.normal._standard_normal = lambda shape, **_: noise(shape)
+    torch.manual_seed(0)
+    arguments = {"distribution": "normal"} if script == "mmvae" else {}
+    model = method(tiny.MODALITIES, 3, **arguments)
     wrapped = nn.parallel.DistributedDataParallel(model)
     value, _ = wrapped({name: t[mine] for name, t in x.items()})
     (-value.mean()).backward()

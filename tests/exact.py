@@ -5,12 +5,15 @@ diagonal and so is the posterior: given X its precision is I + Σ_i W_iᵀW_i / 
 T_i = W_iᵀW_i / s² + I / M multiply to that posterior; a smaller subset's product is wider than it.
 """
 
+import itertools
+
 import torch
 from torch.distributions import MultivariateNormal
 
 from common import Modality
 
 SCALE = 0.8
+MASKS = list(itertools.product([False, True], repeat=5))[1:]  # of five modalities, one at least
 
 
 def modalities(M, n=4, scale=SCALE):
@@ -67,3 +70,44 @@ def repeat(x, n):
 
 def mean_and_error(values):
     return values.mean().item(), (values.std() / len(values) ** 0.5).item()
+
+
+def five():
+    """Five modalities, of every likelihood, and a batch of six tuples of them."""
+    torch.manual_seed(3)
+    mods = [
+        Modality("a", (3,), "normal", 0.7, 2.0, "linear"),
+        Modality("b", (2, 2), "laplace", 0.75, 1.0, "linear"),
+        Modality("c", (4,), "bernoulli", weight=0.5, network="linear"),
+        Modality("d", (), "categorical", categories=3, network="linear"),
+        Modality("e", (2,), "categorical", weight=3.0, categories=4, network="linear"),
+    ]
+    x = {
+        "a": torch.randn(6, 3),
+        "b": torch.randn(6, 2, 2),
+        "c": torch.rand(6, 4),
+        "d": torch.randint(3, (6,)),
+        "e": torch.randint(4, (6, 2)),
+    }
+    return mods, x
+
+
+def assert_masked_content_is_unread(model, x):
+    """NaN, infinity and impossible tokens behind the mask change neither value nor gradient; every
+    pattern, mixed within a batch."""
+    observed = torch.tensor(MASKS)
+    x = {name: value[torch.arange(31) % 6] for name, value in x.items()}
+    poison = {"a": torch.nan, "b": torch.inf, "c": -torch.inf, "d": 999, "e": -5}
+    spoilt = {name: value.clone() for name, value in x.items()}
+    for i, name in enumerate("abcde"):
+        spoilt[name][~observed[:, i]] = poison[name]
+    found = []
+    for batch in (x, spoilt):
+        model.zero_grad()
+        torch.manual_seed(0)
+        value, terms = model(batch, observed)
+        value.sum().backward()
+        found.append([value, *terms.values(), *(p.grad for p in model.parameters())])
+    assert all(t.isfinite().all() for t in found[0] if t is not None)
+    for clean, poisoned in zip(*found, strict=True):
+        assert clean is poisoned or clean.equal(poisoned)

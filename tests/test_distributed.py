@@ -23,12 +23,8 @@ def torchrun(script, folder, *options):
 
 
 def finish(process):
-    """(exit code, output, error) of a job, which is not left behind if it hangs."""
-    try:
-        out, error = process.communicate(timeout=90)
-    except subprocess.TimeoutExpired:
-        process.terminate()
-        raise
+    """(exit code, output, error) of a job."""
+    out, error = process.communicate(timeout=90)
     return process.returncode, out, error
 
 

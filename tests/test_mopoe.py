@@ -1,10 +1,10 @@
 """mopoe.py against exact log-likelihoods, hand-written objectives and counting."""
 
-import itertools
-
+import exact
 import pytest
 import torch
 from exact import (
+    MASKS,
     SCALE,
     log_p,
     mean_and_error,
@@ -22,8 +22,6 @@ from common import Modality, gaussian_kl, likelihood, product_of_gaussians, subs
 from evaluate import importance_sampled
 from mopoe import MoPoE
 
-MASKS = list(itertools.product([False, True], repeat=5))[1:]
-
 
 def exact_mopoe(M=3, D=2, widen=1.0, **kwargs):
     model = MoPoE(modalities(M), D, **kwargs)
@@ -33,22 +31,7 @@ def exact_mopoe(M=3, D=2, widen=1.0, **kwargs):
 
 
 def five(**kwargs):
-    """A small model of five random modalities, one of each likelihood and a batch for it."""
-    torch.manual_seed(3)
-    mods = [
-        Modality("a", (3,), "normal", 0.7, 2.0, "linear"),
-        Modality("b", (2, 2), "laplace", 0.75, 1.0, "linear"),
-        Modality("c", (4,), "bernoulli", weight=0.5, network="linear"),
-        Modality("d", (), "categorical", categories=3, network="linear"),
-        Modality("e", (2,), "categorical", weight=3.0, categories=4, network="linear"),
-    ]
-    x = {
-        "a": torch.randn(6, 3),
-        "b": torch.randn(6, 2, 2),
-        "c": torch.rand(6, 4),
-        "d": torch.randint(3, (6,)),
-        "e": torch.randint(4, (6, 2)),
-    }
+    mods, x = exact.five()
     return MoPoE(mods, 3, **kwargs), x
 
 
@@ -266,25 +249,7 @@ def test_masked_value_is_that_of_the_model_without_them(float64, subsets, kl, pr
 )
 @pytest.mark.parametrize("private_dim", [0, 2])
 def test_masked_content_changes_neither_value_nor_gradient(float64, kwargs, private_dim):
-    """NaN, infinity and impossible tokens behind the mask; every pattern, mixed within a batch."""
-    model, x = five(private_dim=private_dim, **kwargs)
-    observed = torch.tensor(MASKS)
-    x = {name: value[torch.arange(31) % 6] for name, value in x.items()}
-    poison = {"a": torch.nan, "b": torch.inf, "c": -torch.inf, "d": 999, "e": -5}
-    spoilt = {}
-    for i, name in enumerate("abcde"):
-        spoilt[name] = x[name].clone()
-        spoilt[name][~observed[:, i]] = poison[name]
-    found = []
-    for batch in (x, spoilt):
-        model.zero_grad()
-        torch.manual_seed(0)
-        value, terms = model(batch, observed)
-        value.sum().backward()
-        found.append([value, *terms.values(), *(p.grad for p in model.parameters())])
-    assert all(t.isfinite().all() for t in found[0])
-    for clean, poisoned in zip(*found, strict=True):
-        assert clean.equal(poisoned)
+    exact.assert_masked_content_is_unread(*five(private_dim=private_dim, **kwargs))
 
 
 def test_all_observed_is_the_same_as_no_mask(float64, fixed_noise):
