@@ -299,7 +299,7 @@ def parser(description, defaults):
     add(
         "--seed", type=number(int, 0, 2**32 - 1), default=0, help="seed of weights, order and noise"
     )
-    add("--amp", action="store_true", help="run the networks in bfloat16")
+    add("--amp", action="store_true", help="networks in bfloat16, in the evaluation too")
     add(
         "--compile",
         action=argparse.BooleanOptionalAction,

@@ -204,24 +204,28 @@ def importance_sampled(model, q, x, samples):
 
 @torch.no_grad()
 def evaluate(model, data, args):
-    """All metrics of a model as one flat dict, the content of results.json."""
+    """All metrics of a model as one flat dict, the content of results.json. With --amp the networks
+    run in bfloat16 here as they did in training; densities stay in float32."""
     model.eval()
     device = next(model.parameters()).device
     train, test = data.train.to(device), data.test.to(device)
     with torch.enable_grad():
         nets, accuracy = classifiers(train, test, model.modalities, args.cache_dir)
     results = {f"classifier_accuracy/{name}": value for name, value in accuracy.items()}
-    for subset, value in latent_accuracy(model, train, test).items():
-        results[f"latent_accuracy/{subset}"] = value
-    coherence = conditional_coherence(model, nets, test)
+    with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
+        for subset, value in latent_accuracy(model, train, test).items():
+            results[f"latent_accuracy/{subset}"] = value
+        coherence = conditional_coherence(model, nets, test)
+        joint = joint_coherence(model, nets, device)
+        likelihoods = log_likelihood(model, test)
     for subset, targets in coherence.items():
         for target, value in targets.items():
             results[f"coherence/{subset}/{target}"] = value
     for n, means in coherence_by_inputs(coherence).items():
         for convention, value in means.items():
             results[f"coherence_by_inputs/{n}/{convention}"] = value
-    results["joint_coherence"] = joint_coherence(model, nets, device)
-    for subset, value in log_likelihood(model, test).items():
+    results["joint_coherence"] = joint
+    for subset, value in likelihoods.items():
         results[f"log_likelihood/{subset}"] = value
     return results
 

@@ -4,11 +4,12 @@ Multi-Modal Deep Generative Models", NeurIPS 2019.
 The posterior is the mean of the modalities' experts, q(z|x) = 1/M Σ_m q_m(z|x_m); the samples are
 drawn evenly from the experts, and every density of the posterior is the mixture's own.
 
-    python mmvae.py                                    polydigits, two minutes on a laptop
+    python mmvae.py                                    polydigits, four minutes on a laptop
     python mmvae.py --dataset polymnist --beta 2.5     the setting of Sutter et al. 2021
     torchrun --nproc-per-node 8 mmvae.py ...           several GPUs
 
-Expected on polydigits: EXPECTED.
+Expected on polydigits: coherence of the modalities not given 87 to 88 %, however many are given;
+joint coherence 59 %; latent accuracy 86 to 90 %.
 
 With w_m^k = p(z_m^k, x) / q(z_m^k|x) and z_m^k ~ q_m, k = 1 … K, `--objective` is one of
     elbo          mean of log w, Eq. (1)
