@@ -281,13 +281,16 @@ def parser(description, defaults):
         help="polymnist: folder of five background pictures (default: two photographs that "
         "scikit-learn has and three generated pictures)",
     )
+    kinds = (
+        "share of complete tuples; below 1, and always in svae.py and vaevae.py, a step takes a "
+    )
+    kinds += "batch of them and a batch of each modality alone"
+    add("--supervision", type=number(float, 0, 1), default=1.0, help=kinds)
     add("--download", action="store_true", help="polymnist: fetch the authors' images from Zenodo")
 
     model = p.add_argument_group("model")
     add = model.add_argument
-    dimension = number(int, 0, 65536)
     add("--latent-dim", type=number(int, 1, 65536), default=64, help="shared latent dimensions")
-    add("--private-dim", type=dimension, default=0, help="latent dimensions of each modality alone")
     add("--beta", type=number(float, 0, 1e6), default=1.0, help="weight β of the KL term")
 
     add = p.add_argument_group("training").add_argument

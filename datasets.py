@@ -5,9 +5,11 @@ A split stays as it was read (uint8 images, integer tokens, float features); a b
 into it, converted to float on the device. Own data are one more entry in LOADERS.
 """
 
+import dataclasses
 import hashlib
 import io
 import json
+import math
 import struct
 import urllib.error
 import urllib.request
@@ -28,11 +30,13 @@ from common import Modality, UserError, replace
 @dataclass(frozen=True)
 class Split:
     """Tuples of all modalities: tensors[name] (n, *shape), labels (N,), and for each modality the
-    row of tensors[name] that belongs to each tuple, index[name] (N,)."""
+    row of tensors[name] that belongs to each tuple, index[name] (N,). Where there are streams (see
+    `with_streams`), a batch is an equal number of rows of each."""
 
     tensors: dict[str, torch.Tensor]
     labels: torch.Tensor
     index: dict[str, torch.Tensor]
+    streams: tuple[torch.Tensor, ...] = ()
 
     def __len__(self):
         return len(self.labels)
@@ -40,7 +44,7 @@ class Split:
     def to(self, device):
         tensors = {name: t.to(device) for name, t in self.tensors.items()}
         index = {name: t.to(device) for name, t in self.index.items()}
-        return Split(tensors, self.labels.to(device), index)
+        return Split(tensors, self.labels.to(device), index, self.streams)
 
     def fingerprint(self, name):
         """A hash of one modality's data and the labels, for what is cached of them."""
@@ -51,10 +55,15 @@ class Split:
         return digest.hexdigest()
 
     def batch(self, rows):
-        """The tuples `rows` (B,) as (x, observed): x[name] (B, *shape), images in [0, 1]."""
+        """The tuples `rows` (B,) as (x, observed): x[name] (B, *shape), images in [0, 1]; observed is
+        None, or with streams a (B, M) mask, the modalities in the order of `tensors`."""
         x = {name: t[self.index[name][rows]] for name, t in self.tensors.items()}
         x = {name: t.float() / 255 if t.dtype == torch.uint8 else t for name, t in x.items()}
-        return x, None
+        if not self.streams:
+            return x, None
+        one = torch.eye(len(x), dtype=torch.bool, device=rows.device)
+        observed = torch.cat([torch.ones_like(one[:1]), one])  # of each stream
+        return x, observed.repeat_interleave(len(rows) // len(observed), 0)
 
 
 @dataclass(frozen=True)
@@ -71,9 +80,9 @@ def from_tensors(train, test, modalities, source="tensors"):
     splits = []
     for part, (tensors, labels) in (("train", train), ("test", test)):
         labels = torch.as_tensor(labels).long()
-        tensors = {name: torch.as_tensor(t).contiguous() for name, t in tensors.items()}
         if tensors.keys() != {m.name for m in modalities}:
             raise UserError(f"{source}: {part} has {sorted(tensors)}, not the modalities' names")
+        tensors = {m.name: torch.as_tensor(tensors[m.name]).contiguous() for m in modalities}
         for m in modalities:
             t, expected = tensors[m.name], (len(labels), *m.shape)
             if tuple(t.shape) != expected:
@@ -97,12 +106,36 @@ def load(args):
     return LOADERS[args.dataset](args)
 
 
-def epoch_order(n, batch_size, seed):
-    """Rows (steps, batch_size) of one pass in random order, without the trailing partial batch."""
+def with_streams(split, supervision, seed):
+    """The split as the streams of weak supervision (Wu & Goodman 2019): one of complete tuples, a
+    share `supervision` of all, chosen by the seed, and for each modality one of all its examples,
+    of which the other modalities count as missing."""
+    chosen = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))
+    complete = chosen[: round(supervision * len(split))]
+    if not len(complete):
+        raise UserError(f"--supervision {supervision}: leaves none of {len(split)} tuples complete")
+    single = [torch.arange(len(split))] * len(split.tensors)
+    return dataclasses.replace(split, streams=(complete, *single))
+
+
+def epoch_order(split, batch_size, seed):
+    """Rows (steps, batch_size) of one pass in random order, without the trailing partial batch.
+
+    With streams (steps, (1 + M) batch_size): batch_size complete tuples, then as many of each
+    modality; an epoch is one pass of the modalities' streams, and that of the complete tuples, if
+    shorter, begins again when it ends.
+    """
+    n, generator = len(split), torch.Generator().manual_seed(seed)
     if batch_size > n:
         raise UserError(f"--batch-size {batch_size}: must be at most {n}, the training tuples")
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-    return order[: n - n % batch_size].view(-1, batch_size)
+    order = []
+    for rows in split.streams or [torch.arange(n)]:
+        passes = [
+            rows[torch.randperm(len(rows), generator=generator)]
+            for _ in range(math.ceil(n / len(rows)))
+        ]
+        order.append(torch.cat(passes)[: n - n % batch_size].view(-1, batch_size))
+    return torch.cat(order, 1)
 
 
 def cached(cache_dir, name, key, build):

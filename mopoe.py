@@ -47,6 +47,8 @@ DEFAULTS = {
 def arguments(argv):
     p, model = common.parser(__doc__, DEFAULTS)
     add = model.add_argument
+    dimension, kinds = common.number(int, 0, 65536), "latent dimensions of each modality alone"
+    add("--private-dim", type=dimension, default=0, help=kinds)
     kinds = "components of the mixture: all subsets, the single modalities, or the full set"
     add("--subsets", choices=["all", "singletons", "full"], default="all", help=kinds)
     kinds = "sample one subset an example, evenly over the batch, or every subset, Eq. (5)"
@@ -212,23 +214,26 @@ def main(argv=None):
     device, rank, world = common.setup(args)
     data = datasets.load(args)
     train = data.train.to(device)
-    steps = len(datasets.epoch_order(len(train), args.batch_size, args.seed))
+    if args.supervision < 1:
+        train = datasets.with_streams(train, args.supervision, args.data_seed)
+    steps = len(datasets.epoch_order(train, args.batch_size, args.seed))
     options = "latent_dim private_dim beta subsets expectation kl prior_expert"
     config = {name: getattr(args, name) for name in options.split()}
     model = MoPoE(data.modalities, **config).to(device)
     settings = dict(lr=args.lr, fused=True, capturable=device.type == "cuda")
     optimizer = torch.optim.Adam(model.parameters(), **settings)
     fast_model = common.accelerate(model, args, device, world)
+    batch_size = args.batch_size // world
 
     def update(rows):
         x, observed = train.batch(rows)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
             value, terms = fast_model(x, observed)
-        loss = -value.sum() / len(rows)
+        loss = -value.sum() / batch_size
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        return torch.stack([value.detach().mean(), *terms.values()])
+        return torch.stack([-loss.detach(), *terms.values()])
 
     update = common.capture(update, args, device, world)
     names = ["objective", "kl", *(f"log_px/{m.name}" for m in data.modalities)]
@@ -240,9 +245,7 @@ def main(argv=None):
         for epoch in range(start + 1, args.epochs + 1):
             began = time.monotonic()
             torch.manual_seed(common.seed_of(args.seed, epoch, rank))
-            order = datasets.epoch_order(
-                len(train), args.batch_size, common.seed_of(args.seed, epoch)
-            )
+            order = datasets.epoch_order(train, args.batch_size, common.seed_of(args.seed, epoch))
             order = order[:, rank::world].contiguous().to(device)
             log = torch.empty(steps, len(names), device=device)
             for step, rows in enumerate(order):

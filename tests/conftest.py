@@ -19,6 +19,16 @@ def float64():
     torch.set_default_dtype(torch.float32)
 
 
+@pytest.fixture
+def fixed_noise(monkeypatch):
+    """The noise of every call is the same function of the shape."""
+
+    def randn_like(t):
+        return torch.randn(t.shape, generator=torch.Generator().manual_seed(5)).to(t)
+
+    monkeypatch.setattr(torch, "randn_like", randn_like)
+
+
 @pytest.fixture(scope="session")
 def data_dir():
     """The folder with real MNIST, for the tests that need it."""

@@ -1,8 +1,8 @@
 """Run by torchrun from test_distributed.py: each process takes its rows of one joint batch.
 
-    torchrun --nproc-per-node 2 distributed.py SCRIPT FILE
+    torchrun --nproc-per-node 2 distributed.py FOLDER SCRIPT...
 
-Rank 0 writes to FILE the objective and the gradients that the processes find together, and those of
+Rank 0 writes to FOLDER/SCRIPT.pt the objective and the gradients that the processes find together, and those of
 one process with the joint batch and the same noise.
 """
 
@@ -21,7 +21,6 @@ def gradients(model):
 
 
 def main(script, file):
-    distributed.init_process_group("gloo")
     rank, world = distributed.get_rank(), distributed.get_world_size()
     module = importlib.import_module(script)
     (method,) = [
@@ -65,8 +64,11 @@ def main(script, file):
         torch.save(
             {"together": together, "alone": [value.mean().detach(), *gradients(model)]}, file
         )
-    distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    distributed.init_process_group("gloo")
+    folder, *scripts = sys.argv[1:]
+    for name in scripts:
+        main(name, f"{folder}/{name}.pt")
+    distributed.destroy_process_group()

@@ -30,14 +30,15 @@ def set_decoders(model, seed=1):
         net.bias.data = torch.randn(n, generator=generator)
 
 
-def set_exact_experts(model, widen=1.0):
+def set_exact_experts(model, widen=1.0, prior_precision=1.0):
     """Experts whose product over all modalities is the exact posterior; the linear encoder gives
-    (mean, log-variance). widen multiplies every variance."""
+    (mean, log-variance). widen multiplies every variance; prior_precision is the experts' share of
+    the prior, 0 where the product has an expert for it."""
     M = len(model.modalities)
     for m, encoder, decoder in zip(model.modalities, model.encoders, model.decoders, strict=True):
         W, b = decoder.net[0].weight.data, decoder.net[0].bias.data
         D = W.shape[1]
-        T = (W.square().sum(0) / m.scale**2 + 1 / M).to(W)
+        T = (W.square().sum(0) / m.scale**2 + prior_precision / M).to(W)
         C = W.T / m.scale**2 / T[:, None]
         encoder[1].weight.data = torch.cat([C, torch.zeros(D, W.shape[0])]).to(W)
         encoder[1].bias.data = torch.cat([-C @ b, -T.log() + torch.tensor(widen).log()]).to(W)

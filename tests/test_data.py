@@ -262,13 +262,14 @@ def test_polymnist_on_real_mnist(data_dir, tmp_path):
 
 
 def test_epoch_order_is_a_permutation_without_the_partial_batch():
-    order = datasets.epoch_order(103, 10, seed=7)
+    split = datasets.Split({}, torch.zeros(103), {})
+    order = datasets.epoch_order(split, 10, seed=7)
     assert order.shape == (10, 10)
     assert order.unique().numel() == 100
-    assert order.equal(datasets.epoch_order(103, 10, seed=7))
-    assert not order.equal(datasets.epoch_order(103, 10, seed=8))
+    assert order.equal(datasets.epoch_order(split, 10, seed=7))
+    assert not order.equal(datasets.epoch_order(split, 10, seed=8))
     with pytest.raises(UserError, match="--batch-size 104: must be at most 103"):
-        datasets.epoch_order(103, 104, seed=0)
+        datasets.epoch_order(split, 104, seed=0)
 
 
 def test_an_index_pairs_without_copies():
@@ -306,3 +307,52 @@ def test_cache_is_whole_or_absent(tmp_path):
         file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(UserError, match="is damaged"):
         datasets.cached(tmp_path, "x", [1], killed)
+
+
+def streams(n, M, supervision, seed=0):
+    tensors = {f"x{i}": torch.arange(n).float()[:, None] for i in range(M)}
+    mods = [Modality(name, (1,), network="linear") for name in tensors]
+    data = datasets.from_tensors((tensors, torch.zeros(n)), (tensors, torch.zeros(n)), mods)
+    return datasets.with_streams(data.train, supervision, seed)
+
+
+def test_streams_are_complete_tuples_and_each_modality_alone():
+    """A batch: B complete rows, then B of each modality with the others masked."""
+    split = streams(50, 3, 0.2)
+    order = datasets.epoch_order(split, 8, seed=4)
+    assert order.shape == (6, 4 * 8)
+    for m in range(1, 4):  # one pass over all the data, each in an order of its own
+        rows = order[:, 8 * m : 8 * (m + 1)].flatten()
+        assert len(set(rows.tolist())) == 48
+        assert not rows.equal(order[:, 8 * (m % 3 + 1) : 8 * (m % 3 + 2)].flatten())
+    # The ten complete tuples begin again when they end: 48 rows, none seen oftener than five times.
+    counts = torch.bincount(order[:, :8].flatten(), minlength=50)
+    assert (counts > 0).sum() == 10 and counts.max() == 5 and counts.sum() == 48
+
+    x, observed = split.batch(order[0])
+    assert x["x1"].flatten().equal(order[0].float())
+    expected = torch.tensor([[1, 1, 1], [1, 0, 0], [0, 1, 0], [0, 0, 1]]).bool()
+    assert observed.equal(expected.repeat_interleave(8, 0))
+
+
+def test_the_complete_tuples_are_the_data_seeds_choice():
+    complete = [set(streams(50, 2, 0.2, seed).streams[0].tolist()) for seed in (0, 0, 1)]
+    assert complete[0] == complete[1] != complete[2]
+    more = set(streams(50, 2, 0.5, 0).streams[0].tolist())
+    assert complete[0] < more and len(more) == 25
+    assert len(streams(50, 2, 1.0).streams[0]) == 50
+
+
+def test_every_process_gets_its_part_of_every_stream():
+    order = datasets.epoch_order(streams(40, 2, 0.5), 8, seed=4)
+    for rank in range(4):
+        part = order[:, rank::4]
+        assert part.shape == (5, 3 * 2)
+        for stream in range(3):
+            whole = order[:, 8 * stream : 8 * (stream + 1)]
+            assert torch.isin(part[:, 2 * stream : 2 * (stream + 1)], whole).all()
+
+
+def test_no_complete_tuple_is_a_mistake():
+    with pytest.raises(UserError, match="--supervision 0.001: leaves none of 50"):
+        streams(50, 2, 0.001)

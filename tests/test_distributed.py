@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 from conftest import ROOT
-from test_run import every_script, rows, start, weights
+from test_run import SCRIPTS, every_script, rows, start, weights
 
 import common
 
@@ -28,31 +28,22 @@ def finish(process):
     return process.returncode, out, error
 
 
-@every_script
-def test_two_processes_find_the_gradients_of_one(script, tmp_path):
-    file = tmp_path / "found.pt"
-    command = [sys.executable, *TORCHRUN, ROOT / "tests" / "distributed.py", script, file]
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """Of every script the objective and gradients of two processes together and of one alone."""
+    folder = tmp_path_factory.mktemp("found")
+    command = [sys.executable, *TORCHRUN, ROOT / "tests" / "distributed.py", folder, *SCRIPTS]
     done = subprocess.run(
         command, env=os.environ | ONE_THREAD, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    found = torch.load(file, weights_only=True)
-    for together, alone in zip(found["together"], found["alone"], strict=True):
-        torch.testing.assert_close(together, alone, rtol=1e-6, atol=1e-9)
+    return {script: torch.load(folder / f"{script}.pt", weights_only=True) for script in SCRIPTS}
 
 
 @every_script
-def test_two_processes_make_one_run_that_ends_and_resumes(script, tmp_path):
-    options = ("--epochs", "4", "--no-eval", "--checkpoint-every", "0")
-    code, out, error = finish(torchrun(script, tmp_path, *options))
-    assert code == 0, error
-    (path,) = (tmp_path / "runs").iterdir()
-    assert out.count("run:") == 1 and len(rows(path)) == 4
-    assert float(rows(path)[-1]["objective"]) > float(rows(path)[0]["objective"])
-    resumed = ("--epochs", "5", *options[2:], "--resume", str(path))
-    code, _, error = finish(torchrun(script, tmp_path, *resumed))
-    assert code == 0, error
-    assert len(rows(path)) == 5
+def test_two_processes_find_the_gradients_of_one(script, found):
+    for together, alone in zip(*found[script].values(), strict=True):
+        torch.testing.assert_close(together, alone, rtol=1e-6, atol=1e-9)
 
 
 def children(pid):
@@ -78,16 +69,18 @@ def test_a_killed_process_ends_the_job_and_the_run_resumes(script, tmp_path):
     done = common.load_checkpoint(path)["epoch"]
     assert done >= 1 and all(w.isfinite().all() for w in weights(path))
     # The options of a run are its own, --epochs alone may differ.
-    resumed = ("--epochs", str(done + 1), *options[2:], "--resume", str(path))
-    code, _, error = finish(torchrun(script, tmp_path, *resumed))
+    resumed = ("--epochs", str(done + 2), *options[2:], "--resume", str(path))
+    code, out, error = finish(torchrun(script, tmp_path, *resumed))
     assert code == 0, error
-    assert common.load_checkpoint(path)["epoch"] == done + 1
+    assert out.count("run:") == 1
+    assert [int(row["epoch"]) for row in rows(path)] == list(range(1, done + 3))
+    assert float(rows(path)[-1]["objective"]) > float(rows(path)[0]["objective"])
+    assert common.load_checkpoint(path)["epoch"] == done + 2
 
 
-@every_script
-def test_the_batch_must_divide_among_the_processes(script, tmp_path):
+def test_the_batch_must_divide_among_the_processes(tmp_path):
     options = ("--batch-size", "15", "--no-eval")
-    code, _, error = finish(torchrun(script, tmp_path, *options))
+    code, _, error = finish(torchrun("mopoe", tmp_path, *options))
     assert code != 0
     assert "--batch-size 15: must divide among 2 processes" in error
     assert not (tmp_path / "runs").exists()

@@ -35,16 +35,6 @@ def five(**kwargs):
     return MoPoE(mods, 3, **kwargs), x
 
 
-@pytest.fixture
-def fixed_noise(monkeypatch):
-    """The noise of every call is the same function of the shape."""
-
-    def randn_like(t):
-        return torch.randn(t.shape, generator=torch.Generator().manual_seed(5)).to(t)
-
-    monkeypatch.setattr(torch, "randn_like", randn_like)
-
-
 # ------------------------------------------------------------------------------------- bounds
 
 

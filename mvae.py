@@ -1,0 +1,278 @@
+"""MVAE: Wu and Goodman, "Multimodal Generative Models for Scalable Weakly-Supervised Learning",
+NeurIPS 2018.
+
+The posterior is a product of Gaussian experts, one for each modality and the prior p(z) as one
+more, q(z|x_S) ∝ p(z) Π_{i in S} q~(z|x_i), so that any subset of the modalities will do.
+
+    python mvae.py                                     polydigits, two minutes on a laptop
+    python mvae.py --dataset polymnist --beta 2.5      the setting of Sutter et al. 2021
+    torchrun --nproc-per-node 8 mvae.py ...            several GPUs
+
+Expected on polydigits: EXPECTED
+
+The objective is a sum of ELBOs: of all modalities, of each alone, and with `--random-subsets k` of
+k subsets drawn anew in every step, so that a hundred modalities need no 2^100 terms. A modality is
+encoded once a step, and decoded for the terms it belongs to. `--anneal-epochs` raises β from 0.
+
+`--product quotient` is the product without the universal expert (supplement, Section 3),
+q(z|x_S) ∝ Π_{i in S} q(z|x_i) / p(z)^(|S| - 1), a density where all variances are below M / (M - 1).
+"""
+
+import math
+import time
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import common
+import datasets
+import evaluate
+from common import (
+    UserError,
+    bounded,
+    decoder,
+    encoder,
+    gaussian,
+    gaussian_kl,
+    hide,
+    likelihood,
+    product_of_gaussians,
+    quotient_of_gaussians,
+)
+
+DEFAULTS = {
+    "polydigits": dict(epochs=30, batch_size=64, lr=2e-3, latent_dim=32, beta=1.0),
+    # Sutter et al. 2021, App. D.2: without random subsets.
+    "polymnist": dict(epochs=300, batch_size=256, lr=1e-3, latent_dim=512, beta=2.5),
+}
+
+
+def arguments(argv):
+    p, model = common.parser(__doc__, DEFAULTS)
+    add = model.add_argument
+    dimension, kinds = common.number(int, 0, 65536), "latent dimensions of each modality alone"
+    add("--private-dim", type=dimension, default=0, help=kinds)
+    count, kinds = common.number(int, 0, 1000), "ELBOs of random subsets in every step"
+    add("--random-subsets", metavar="K", type=count, default=0, help=kinds)
+    count, kinds = common.number(int, 0, 10**6), "epochs in which β rises linearly from 0"
+    add("--anneal-epochs", metavar="N", type=count, default=0, help=kinds)
+    kinds = "product with the prior as an expert, or of q(z|x_i) over powers of the prior"
+    add("--product", choices=["universal", "quotient"], default="universal", help=kinds)
+    args = common.parse(p, argv, DEFAULTS)
+    if args.random_subsets and args.compile is True:
+        raise UserError(
+            "--compile: a graph is fixed, with --random-subsets no step is like another"
+        )
+    args.compile = args.compile if not args.random_subsets else False
+    return args
+
+
+# -------------------------------------------------------------------------------------- model
+
+
+class MVAE(nn.Module):
+    """z = (c, s_1, ..., s_M): a shared latent of latent_dim and, where private_dim > 0, a private
+    one for each modality, its expert's alone; D = latent_dim + M * private_dim."""
+
+    def __init__(
+        self,
+        modalities,
+        latent_dim,
+        private_dim=0,
+        beta=1.0,
+        random_subsets=0,
+        product="universal",
+    ):
+        super().__init__()
+        if random_subsets and len(modalities) < 3:
+            raise UserError(f"--random-subsets {random_subsets}: two modalities have no others")
+        self.modalities = modalities
+        self.latent_dim, self.private_dim = latent_dim, private_dim
+        self.beta, self.random_subsets, self.quotient = beta, random_subsets, product == "quotient"
+        D, M = latent_dim + private_dim, len(modalities)
+        self.encoders = nn.ModuleList(encoder(m, 2 * D) for m in modalities)
+        self.decoders = nn.ModuleList(decoder(m, D) for m in modalities)
+        self.register_buffer("one", torch.eye(M, dtype=torch.bool), persistent=False)
+        self.register_buffer("zeros", torch.zeros(latent_dim + M * private_dim), persistent=False)
+        self.register_buffer("annealing", torch.ones(()), persistent=False)
+
+    def prior(self):
+        """p(z) = N(0, I), event shape (D,)."""
+        return gaussian(self.zeros, self.zeros)
+
+    def posterior(self, x):
+        """q(z|x_S) for the modalities in x: the product of their experts; the private latent of an
+        absent modality follows its prior."""
+        given = torch.tensor([m.name in x for m in self.modalities], device=self.zeros.device)
+        mu, logvar = self.product(*self.encode(x), given[None, :, None])
+        return gaussian(mu[0], logvar[0])
+
+    def decode(self, z, names=None):
+        """p(x_i|z) for z (..., D): of every modality, or of the named ones."""
+        c, *s = z.split([self.latent_dim] + [self.private_dim] * len(self.modalities), -1)
+        return {
+            m.name: likelihood(m, decode(torch.cat([c, s_i], -1)))
+            for m, decode, s_i in zip(self.modalities, self.decoders, s, strict=True)
+            if names is None or m.name in names
+        }
+
+    def encode(self, x):
+        """Mean and log-variance of the experts of c and s_i, (M, B, latent_dim + private_dim) each;
+        zeros stand for a modality that is not in x."""
+        heads = {
+            m.name: encode(x[m.name])
+            for m, encode in zip(self.modalities, self.encoders, strict=True)
+            if m.name in x
+        }
+        absent = torch.zeros_like(next(iter(heads.values())))
+        heads = torch.stack([heads.get(m.name, absent) for m in self.modalities])
+        mu, logvar = bounded(*heads.chunk(2, -1))
+        M = len(self.modalities)
+        if self.quotient and M > 1:  # V = M / (M - 1) * sigmoid(.)
+            c, s = logvar.split([self.latent_dim, self.private_dim], -1)
+            logvar = torch.cat([math.log(M / (M - 1)) + F.logsigmoid(c), s], -1)
+        return mu, logvar
+
+    def product(self, mu, logvar, masks):
+        """Mean and log-variance (S, B, D) of q(z|x_S) for the subsets of masks, (S, M, B): the
+        product of the shared parts, beside it the private parts of the subset."""
+        masks = masks.expand(-1, -1, mu.shape[1])
+        parts = [self.latent_dim, self.private_dim]
+        (mu, mu_s), (logvar, logvar_s) = mu.split(parts, -1), logvar.split(parts, -1)
+        mu, logvar = product_of_gaussians(mu, logvar, masks, prior_expert=not self.quotient)
+        if self.quotient:  # p(z)^(|S| - 1) has the precision |S| - 1
+            excess = masks.sum(1)[..., None] - 1
+            mu, logvar = quotient_of_gaussians(mu, logvar, torch.zeros_like(mu), -excess.log())
+        if self.private_dim:
+            s = [
+                torch.where(masks[..., None], t, 0).transpose(1, 2).flatten(2)
+                for t in (mu_s, logvar_s)
+            ]
+            mu, logvar = torch.cat([mu, s[0]], -1), torch.cat([logvar, s[1]], -1)
+        return mu, logvar
+
+    def elbos(self, x, subsets, observed=None):
+        """ELBO(S) = E_q(z|x_S)[Σ_{i in S} λ_i log p(x_i|z)] - β KL(q(z|x_S) || p(z)) and the KL for a
+        list of subsets, each a tuple of indices; the ELBOs, the KLs and the sizes of the subsets,
+        (S, B) each, and log p(x_i|z), (B,), by the numbers of S and i. Where a modality is not
+        observed, S is the rest; an S of which nothing rests is all that is observed."""
+        masks = [torch.stack([self.one[i] for i in S]).any(0) for S in subsets]
+        present = torch.stack(masks)[..., None]  # (S, M, 1)
+        if observed is not None:
+            rest = present & observed.T
+            present = torch.where(rest.any(1, keepdim=True), rest, observed.T)  # (S, M, B)
+        mu, logvar = self.product(*self.encode(x), present)
+        z = mu + torch.exp(0.5 * logvar) * torch.randn_like(mu)  # (S, B, D)
+        log_p = {}
+        for i, m in enumerate(self.modalities):
+            with_i = [s for s, S in enumerate(subsets) if i in S]
+            p = self.decode(torch.stack([z[s] for s in with_i]), [m.name])[m.name]
+            for s, log_p_i in zip(with_i, p.log_prob(x[m.name]), strict=True):
+                log_p[s, i] = torch.where(present[s, i], log_p_i, 0)
+        weighted = {(s, i): self.modalities[i].weight * t for (s, i), t in log_p.items()}
+        reconstruction = torch.stack(
+            [sum(weighted[s, i] for i in S) for s, S in enumerate(subsets)]
+        )
+        kl = gaussian_kl(mu, logvar)
+        elbos = reconstruction - self.beta * self.annealing * kl
+        return elbos, kl, present.sum(1).expand_as(kl), log_p
+
+    def objective(self, x, observed=None):
+        """ELBO(all) + Σ_i ELBO({i}) + Σ_k ELBO(S_k) (Section 2.2), per example (B,), over what is
+        observed of it; each ELBO a lower bound of log p(x_S), where β = 1 and all λ = 1. Terms: the
+        KLs' sum and each log p(x_i|z) given all, in nats. Every example needs one observed
+        modality."""
+        x = hide(x, observed, self.modalities)
+        M = len(self.modalities)
+        whole, single = tuple(range(M)), [(i,) for i in range(M)]
+        drawn = [random_subset(M) for _ in range(self.random_subsets)]
+        elbos, kl, sizes, log_p = self.elbos(x, [whole, *single, *drawn], observed)
+        # Each subset counts once: where an example lacks modalities, the rest of one may be that of
+        # another.
+        counts = sizes < sizes[0]
+        counts[0] = True
+        counts[1 + M :] &= sizes[1 + M :] > 1
+        log_px = {}
+        for i, m in enumerate(self.modalities):
+            seen = torch.ones_like(kl[0]) if observed is None else observed[:, i]
+            mean = log_p[0, i].detach().sum() / seen.sum().clamp(min=1)
+            log_px[f"log_px/{m.name}"] = mean
+        total_kl = (counts * kl).sum(0).detach().mean()
+        return (counts * elbos).sum(0), {"kl": total_kl} | log_px
+
+    forward = objective
+
+
+def random_subset(M):
+    """A tuple of 2 to M - 1 of M indices: a size drawn uniformly, then a subset of that size."""
+    size = int(torch.randint(2, M, ()))
+    return tuple(sorted(torch.randperm(M)[:size].tolist()))
+
+
+# ----------------------------------------------------------------------------------- training
+
+
+@common.command
+def main(argv=None):
+    args = arguments(argv)
+    device, rank, world = common.setup(args)
+    data = datasets.load(args)
+    train = data.train.to(device)
+    if args.supervision < 1:
+        train = datasets.with_streams(train, args.supervision, args.data_seed)
+    steps = len(datasets.epoch_order(train, args.batch_size, args.seed))
+    options = "latent_dim private_dim beta random_subsets product"
+    config = {name: getattr(args, name) for name in options.split()}
+    model = MVAE(data.modalities, **config).to(device)
+    settings = dict(lr=args.lr, fused=True, capturable=device.type == "cuda")
+    optimizer = torch.optim.Adam(model.parameters(), **settings)
+    fast_model = common.accelerate(model, args, device, world)
+    batch_size = args.batch_size // world
+
+    def update(rows):
+        x, observed = train.batch(rows)
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
+            value, terms = fast_model(x, observed)
+        loss = -value.sum() / batch_size
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return torch.stack([-loss.detach(), *terms.values()])
+
+    update = common.capture(update, args, device, world)
+    names = ["objective", "kl", *(f"log_px/{m.name}" for m in data.modalities)]
+    start = common.restore(args, model, optimizer) if args.resume else 0
+    run, writer = common.open_run(args, __file__, data.source, start) if rank == 0 else (None, None)
+    saved = 0.0
+
+    with common.interruptible(run), common.progress(args, start, steps, rank) as bar:
+        for epoch in range(start + 1, args.epochs + 1):
+            began = time.monotonic()
+            torch.manual_seed(common.seed_of(args.seed, epoch, rank))
+            order = datasets.epoch_order(train, args.batch_size, common.seed_of(args.seed, epoch))
+            order = order[:, rank::world].contiguous().to(device)
+            log = torch.empty(steps, len(names), device=device)
+            for step, rows in enumerate(order):
+                if args.anneal_epochs:
+                    model.annealing.fill_(min(1.0, (epoch - 1 + step / steps) / args.anneal_epochs))
+                log[step] = update(rows)
+                bar.update(args.batch_size)
+            row = common.epoch_row(epoch, names, log, began, steps * args.batch_size)
+            bar.set_postfix_str(f"epoch {epoch}, objective {row['objective']:.1f}")
+            if rank == 0:
+                common.write_row(run, writer, row)
+                if epoch == args.epochs or time.monotonic() - saved > args.checkpoint_every:
+                    common.save_checkpoint(run, model, optimizer, epoch, config)
+                    saved = time.monotonic()
+
+    if world > 1:
+        torch.distributed.destroy_process_group()
+    if rank == 0 and not args.no_eval:
+        evaluate.report(run, model, data, args)
+    if rank == 0:
+        print(f"run: {run}")
+
+
+if __name__ == "__main__":
+    main()
