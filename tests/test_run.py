@@ -25,7 +25,7 @@ import common
 import datasets
 import evaluate
 
-SCRIPTS = ["mopoe", "mmvae", "mvae"]
+SCRIPTS = ["mopoe", "mmvae", "mvae", "svae", "vaevae"]
 PRIVATE = ["mopoe", "mmvae", "mvae"]  # have --private-dim
 every_script = pytest.mark.parametrize("script", SCRIPTS)
 

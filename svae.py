@@ -1,0 +1,272 @@
+"""SVAE: Kutuzova, Krause, McCloskey, Nielsen and Igel, "Multimodal Variational Autoencoders for
+Semi-Supervised Learning: In Defense of Product-of-Experts", 2021.
+
+The posterior is a product of Gaussian experts, one for each modality, without the prior. The expert
+of a missing modality is replaced by one that another modality's encoder supplies, so M modalities
+have M² encoders: e_k^f(z|x_f) is expert k as computed from modality f. With two modalities
+
+    q(z|x1,x2) ∝ q1(z|x1) q2(z|x2),  q(z|x1) ∝ q1(z|x1) q2*(z|x1),  q(z|x2) ∝ q2(z|x2) q1*(z|x2).
+
+    python svae.py                                     polydigits, TIME on a laptop
+    python svae.py --dataset polymnist --beta 2.5      the setting of the other four on PolyMNIST
+    torchrun --nproc-per-node 8 svae.py ...            several GPUs
+
+Expected on polydigits: EXPECTED
+
+A step takes a batch of complete tuples (of which `--supervision` leaves a share) and a batch of
+each modality alone. With two modalities `--objective` is one of
+    svae      Eq. (7) - (10): for a complete tuple E_q(z|x1,x2)[log p(x1|z) + log p(x2|z)]
+              - KL(q(z|x1,x2) || q(z|x1)) - KL(q(z|x1,x2) || q(z|x2)) and the ELBOs of its
+              modalities; for a modality alone its ELBO
+    vaevae    without the ELBOs of a complete tuple's modalities ("SVAE*")
+
+With more modalities (App. D) a subset S has a form for every filler f in S,
+
+    q^f(z|x_S) ∝ Π_{j in S} e_j^j(z|x_j) Π_{k not in S} e_k^f(z|x_f),
+
+the whole has one; that one filler stands in for all missing experts when M > 3 is this project's
+reading. Every S with |S| >= 2 adds E_q(z|x_S)[Σ_{i in S} log p(x_i|z)] - Σ_{i in S} KL(q(z|x_S) ||
+q(z|x_S without x_i)), and all but the whole also - KL(q(z|x_S) || p(z)), each summed over the forms
+of the posteriors in it. That reads (D.29) without its KL to the absent modality's posterior, and
+(D.31) as a sum over unordered pairs.
+"""
+
+import itertools
+import time
+
+import torch
+from torch import nn
+from torch.distributions import Categorical, MixtureSameFamily
+
+import common
+import datasets
+import evaluate
+from common import (
+    UserError,
+    bounded,
+    decoder,
+    encoder,
+    gaussian,
+    gaussian_kl,
+    hide,
+    likelihood,
+    product_of_gaussians,
+)
+
+DEFAULTS = {
+    "polydigits": dict(epochs=30, batch_size=64, lr=2e-3, latent_dim=32, beta=1.0),
+    "polymnist": dict(epochs=300, batch_size=256, lr=1e-3, latent_dim=512, beta=2.5),
+}
+MOST_MODALITIES = 6  # the terms more than double with each
+
+
+def arguments(argv):
+    p, model = common.parser(__doc__, DEFAULTS)
+    kinds = "the complete tuples' terms, see above"
+    model.add_argument("--objective", choices=["svae", "vaevae"], default="svae", help=kinds)
+    return common.parse(p, argv, DEFAULTS)
+
+
+# -------------------------------------------------------------------------------------- model
+
+
+class SVAE(nn.Module):
+    """A subset S is a tuple of names, in the order of the modalities; the latent z has D
+    = latent_dim dimensions."""
+
+    def __init__(self, modalities, latent_dim, beta=1.0, objective="svae"):
+        super().__init__()
+        M, names = len(modalities), [m.name for m in modalities]
+        if M > MOST_MODALITIES:
+            cost = f"{M * 2 ** (M - 1) - M + 1} posteriors and {M**2} encoders"
+            raise UserError(f"{M} modalities: {cost}; svae.py takes at most {MOST_MODALITIES}")
+        self.modalities, self.latent_dim = modalities, latent_dim
+        self.beta, self.name = beta, objective
+        # e_k^f is encoders[f][k].
+        self.encoders = nn.ModuleList(
+            nn.ModuleList(encoder(m, 2 * latent_dim) for _ in modalities) for m in modalities
+        )
+        self.decoders = nn.ModuleList(decoder(m, latent_dim) for m in modalities)
+        # The forms of each subset, and a form's experts as the pairs (k, f) of their names.
+        self.forms = {}
+        for S in (S for n in range(1, M + 1) for S in itertools.combinations(names, n)):
+            missing = [k for k in names if k not in S]
+            forms = [[(j, j) for j in S] + [(k, f) for k in missing] for f in S]
+            self.forms[S] = forms if missing else forms[:1]
+        self.experts_of_all = list(itertools.product(names, names))
+        masks = [
+            [e in form for e in self.experts_of_all] for F in self.forms.values() for form in F
+        ]
+        self.register_buffer("masks", torch.tensor(masks), persistent=False)
+        self.register_buffer("zeros", torch.zeros(latent_dim), persistent=False)
+
+    def prior(self):
+        """p(z) = N(0, I), event shape (D,)."""
+        return gaussian(self.zeros, self.zeros)
+
+    def posterior(self, x):
+        """q(z|x_S) for the modalities in x; where S has several forms, the mixture of them."""
+        S = tuple(m.name for m in self.modalities if m.name in x)
+        forms = [product_of_gaussians(*self.experts(x, form)) for form in self.forms[S]]
+        mu, logvar = (torch.stack(t, 1) for t in zip(*forms, strict=True))  # (B, F, D)
+        if len(forms) == 1:
+            return gaussian(mu[:, 0], logvar[:, 0])
+        mix = Categorical(logits=torch.zeros_like(mu[..., 0]), validate_args=False)
+        return MixtureSameFamily(mix, gaussian(mu, logvar), validate_args=False)
+
+    def decode(self, z, names=None):
+        """p(x_i|z) for z (..., D): of every modality, or of the named ones."""
+        return {
+            m.name: likelihood(m, decode(z))
+            for m, decode in zip(self.modalities, self.decoders, strict=True)
+            if names is None or m.name in names
+        }
+
+    def experts(self, x, pairs):
+        """Mean and log-variance of e_k^f(z|x_f) for pairs (k, f) of names, (len(pairs), B, D)."""
+        at = {m.name: i for i, m in enumerate(self.modalities)}
+        heads = [self.encoders[at[f]][at[k]](x[f]) for k, f in pairs]
+        return bounded(*torch.stack(heads).chunk(2, -1))
+
+    def posteriors(self, x):
+        """{S: (mean, log-variance)}, (F, B, D) each, of the F forms of q(z|x_S) for every subset S of
+        the modalities in x, which are all or one."""
+        if len(x) < len(self.modalities):
+            (name,) = x
+            mu, logvar = product_of_gaussians(*self.experts(x, self.forms[name,][0]))
+            return {(name,): (mu[None], logvar[None])}
+        products = product_of_gaussians(*self.experts(x, self.experts_of_all), self.masks)
+        sizes = [len(forms) for forms in self.forms.values()]
+        of_each = zip(*(t.split(sizes) for t in products), strict=True)
+        return dict(zip(self.forms, of_each, strict=True))
+
+    def bound(self, x, observed=None):
+        """The objective (B,), the sum of its KLs (B,), and {name: log p(x_i|z) (B,)} with z given
+        all that is observed; x holds all modalities, or one."""
+        q = self.posteriors(x)
+        z = {
+            S: mu + torch.exp(0.5 * logvar) * torch.randn_like(mu) for S, (mu, logvar) in q.items()
+        }
+        # Whether there is an example that has terms of its single modalities.
+        single = self.name == "svae" or len(x) == 1 or observed is not None
+        subsets = [S for S in q if len(S) > 1 or single]
+        log_p = {}
+        for m in self.modalities:
+            with_m = [S for S in subsets if m.name in S]
+            if with_m:
+                p = self.decode(torch.cat([z[S] for S in with_m]), [m.name])[m.name]
+                forms = p.log_prob(x[m.name]).split([len(z[S]) for S in with_m])
+                log_p |= zip([(S, m.name) for S in with_m], forms, strict=True)  # (F, B)
+
+        names = [m.name for m in self.modalities if m.name in x]
+        if observed is None:
+            whole = torch.ones_like(next(iter(log_p.values()))[0], dtype=torch.bool)
+            observed = torch.stack([whole] * len(names), 1)
+        seen, n = dict(zip(names, observed.T, strict=True)), observed.sum(1)
+        value, total_kl, log_px = 0.0, 0.0, dict.fromkeys(names, 0.0)
+        for S in subsets:
+            counts = torch.stack([seen[name] for name in S]).all(0)
+            to_prior = gaussian_kl(*q[S]).sum(0)
+            if len(S) == 1:
+                kl = to_prior
+                counts = counts & ((n == 1) | (self.name == "svae"))
+            else:
+                kl = torch.where(n > len(S), to_prior, 0)
+                for name in S:
+                    rest = tuple(other for other in S if other != name)
+                    every_pair = (*(t[:, None] for t in q[S]), *q[rest])
+                    kl = kl + gaussian_kl(*every_pair).sum((0, 1))
+            weighted = [m.weight * log_p[S, m.name].sum(0) for m in self.modalities if m.name in S]
+            value = value + counts * (sum(weighted) - self.beta * kl)
+            total_kl = total_kl + counts * kl
+            for name in S:
+                log_px[name] = log_px[name] + counts * (n == len(S)) * log_p[S, name].mean(0)
+        return value, total_kl, log_px
+
+    def objective(self, x, observed=None, streams=False):
+        """The objective of the docstring above, per example (B,), over what is observed of it; where
+        only one modality is, its ELBO. Terms: the KLs' sum and each log p(x_i|z) given all that is
+        observed, in nats. Every example needs one observed modality.
+
+        With streams the rows are known to be as many complete tuples as rows of each modality alone,
+        the order of `datasets.epoch_order`, and nothing is computed for what is masked.
+        """
+        if not streams:
+            parts = [(hide(x, observed, self.modalities), observed)]
+        else:
+            chunks = {name: t.chunk(1 + len(x)) for name, t in x.items()}
+            parts = [({name: t[0] for name, t in chunks.items()},)]
+            parts += [({m.name: chunks[m.name][1 + i]},) for i, m in enumerate(self.modalities)]
+        values, kls, log_ps = zip(*(self.bound(*part) for part in parts), strict=True)
+        value, kl, log_px = torch.cat(values), torch.cat(kls), {}
+        for i, m in enumerate(self.modalities):
+            seen = len(value) if observed is None else observed[:, i].sum().clamp(min=1)
+            total = sum(log_p[m.name].detach().sum() for log_p in log_ps if m.name in log_p)
+            log_px[f"log_px/{m.name}"] = total / seen
+        return value, {"kl": kl.detach().mean()} | log_px
+
+    forward = objective
+
+
+# ----------------------------------------------------------------------------------- training
+
+
+@common.command
+def main(argv=None):
+    args = arguments(argv)
+    device, rank, world = common.setup(args)
+    data = datasets.load(args)
+    train = datasets.with_streams(data.train.to(device), args.supervision, args.data_seed)
+    steps = len(datasets.epoch_order(train, args.batch_size, args.seed))
+    options = "latent_dim beta objective"
+    config = {name: getattr(args, name) for name in options.split()}
+    model = SVAE(data.modalities, **config).to(device)
+    settings = dict(lr=args.lr, fused=True, capturable=device.type == "cuda")
+    optimizer = torch.optim.Adam(model.parameters(), **settings)
+    fast_model = common.accelerate(model, args, device, world)
+    batch_size = args.batch_size // world
+
+    def update(rows):
+        x, observed = train.batch(rows)
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
+            value, terms = fast_model(x, observed, streams=True)
+        loss = -value.sum() / batch_size
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return torch.stack([-loss.detach(), *terms.values()])
+
+    update = common.capture(update, args, device, world)
+    names = ["objective", "kl", *(f"log_px/{m.name}" for m in data.modalities)]
+    start = common.restore(args, model, optimizer) if args.resume else 0
+    run, writer = common.open_run(args, __file__, data.source, start) if rank == 0 else (None, None)
+    saved = 0.0
+
+    with common.interruptible(run), common.progress(args, start, steps, rank) as bar:
+        for epoch in range(start + 1, args.epochs + 1):
+            began = time.monotonic()
+            torch.manual_seed(common.seed_of(args.seed, epoch, rank))
+            order = datasets.epoch_order(train, args.batch_size, common.seed_of(args.seed, epoch))
+            order = order[:, rank::world].contiguous().to(device)
+            log = torch.empty(steps, len(names), device=device)
+            for step, rows in enumerate(order):
+                log[step] = update(rows)
+                bar.update(args.batch_size)
+            row = common.epoch_row(epoch, names, log, began, steps * args.batch_size)
+            bar.set_postfix_str(f"epoch {epoch}, objective {row['objective']:.1f}")
+            if rank == 0:
+                common.write_row(run, writer, row)
+                if epoch == args.epochs or time.monotonic() - saved > args.checkpoint_every:
+                    common.save_checkpoint(run, model, optimizer, epoch, config)
+                    saved = time.monotonic()
+
+    if world > 1:
+        torch.distributed.destroy_process_group()
+    if rank == 0 and not args.no_eval:
+        evaluate.report(run, model, data, args)
+    if rank == 0:
+        print(f"run: {run}")
+
+
+if __name__ == "__main__":
+    main()

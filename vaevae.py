@@ -1,0 +1,286 @@
+"""VAEVAE: Wu and Goodman, "Multimodal Generative Models for Compositional Representation Learning",
+2019, as Kutuzova, Krause, McCloskey, Nielsen and Igel, "Multimodal Variational Autoencoders for
+Semi-Supervised Learning: In Defense of Product-of-Experts", 2021, state and measure it.
+
+Every subset of the modalities has a posterior of its own, variant (b): for two or more modalities a
+joint network with its own encoders. `--joint poe` is variant (a), the product of the experts q(z|x_i).
+
+    python vaevae.py                                   polydigits, TIME on a laptop
+    python vaevae.py --dataset polymnist --beta 2.5    the setting of the other four on PolyMNIST
+    torchrun --nproc-per-node 8 vaevae.py ...          several GPUs
+
+Expected on polydigits: EXPECTED
+
+A step takes a batch of complete tuples (of which `--supervision` leaves a share) and a batch of
+each modality alone. With two modalities `--objective` is one of
+    vaevae    E_q(z|x1,x2)[log p(x1|z) + log p(x2|z)] - KL(q(z|x1,x2) || q(z|x1))
+              - KL(q(z|x1,x2) || q(z|x2)) for a complete tuple, the ELBO for a modality alone
+    svae      Eq. (7) - (10): a complete tuple has the ELBOs of its modalities too ("VAEVAE*")
+
+With more modalities, Eq. (D.28) - (D.31), every subset S of a complete tuple with |S| >= 2 adds
+E_q(z|x_S)[Σ_{i in S} log p(x_i|z)] - Σ_{i in S} KL(q(z|x_S) || q(z|x_S without x_i)), and all but the
+whole also - KL(q(z|x_S) || p(z)). That reads (D.29) without its KL to the absent modality's
+posterior, and (D.31) as a sum over unordered pairs.
+"""
+
+import itertools
+import time
+
+import torch
+from torch import nn
+
+import common
+import datasets
+import evaluate
+from common import (
+    UserError,
+    bounded,
+    decoder,
+    encoder,
+    gaussian,
+    gaussian_kl,
+    hide,
+    likelihood,
+    product_of_gaussians,
+    subset_masks,
+)
+
+DEFAULTS = {
+    "polydigits": dict(epochs=30, batch_size=64, lr=2e-3, latent_dim=32, beta=1.0),
+    "polymnist": dict(epochs=300, batch_size=256, lr=1e-3, latent_dim=512, beta=2.5),
+}
+MOST_MODALITIES = 6  # the terms, and the joint networks, double with each
+
+
+def arguments(argv):
+    p, model = common.parser(__doc__, DEFAULTS)
+    add = model.add_argument
+    kinds = "q(z|x_S) of two and more: a network for each S, or the product of the experts"
+    add("--joint", choices=["network", "poe"], default="network", help=kinds)
+    kinds = "the complete tuples' terms, see above"
+    add("--objective", choices=["vaevae", "svae"], default="vaevae", help=kinds)
+    return common.parse(p, argv, DEFAULTS)
+
+
+# -------------------------------------------------------------------------------------- model
+
+
+class VAEVAE(nn.Module):
+    """A subset S is a tuple of names, in the order of the modalities; the latent z has D
+    = latent_dim dimensions."""
+
+    def __init__(self, modalities, latent_dim, beta=1.0, joint="network", objective="vaevae"):
+        super().__init__()
+        M, names = len(modalities), [m.name for m in modalities]
+        if M > MOST_MODALITIES:
+            refuse(modalities, joint)
+        self.modalities, self.latent_dim = modalities, latent_dim
+        self.beta, self.joint, self.name = beta, joint, objective
+        self.encoders = nn.ModuleList(encoder(m, 2 * latent_dim) for m in modalities)
+        self.decoders = nn.ModuleList(decoder(m, latent_dim) for m in modalities)
+        self.larger = [S for n in range(2, M + 1) for S in itertools.combinations(names, n)]
+        self.joint_encoders = nn.ModuleDict()
+        for S in self.larger if joint == "network" else ():
+            members = [m for m in modalities if m.name in S]
+            self.joint_encoders["+".join(S)] = JointEncoder(members, 2 * latent_dim)
+        self.register_buffer("masks", subset_masks(M)[M:], persistent=False)
+        self.register_buffer("zeros", torch.zeros(latent_dim), persistent=False)
+
+    def prior(self):
+        """p(z) = N(0, I), event shape (D,)."""
+        return gaussian(self.zeros, self.zeros)
+
+    def posterior(self, x):
+        """q(z|x_S) for the modalities in x."""
+        S = tuple(m.name for m in self.modalities if m.name in x)
+        if len(S) > 1 and self.joint == "network":
+            return gaussian(*self.joint_encoders["+".join(S)](x).chunk(2, -1))
+        return gaussian(*product_of_gaussians(*self.experts(x)))
+
+    def decode(self, z, names=None):
+        """p(x_i|z) for z (..., D): of every modality, or of the named ones."""
+        return {
+            m.name: likelihood(m, decode(z))
+            for m, decode in zip(self.modalities, self.decoders, strict=True)
+            if names is None or m.name in names
+        }
+
+    def experts(self, x):
+        """Mean and log-variance of q(z|x_i) for each modality in x, (len(x), B, D)."""
+        heads = [
+            encode(x[m.name])
+            for m, encode in zip(self.modalities, self.encoders, strict=True)
+            if m.name in x
+        ]
+        return bounded(*torch.stack(heads).chunk(2, -1))
+
+    def posteriors(self, x):
+        """{S: (mean, log-variance)}, (B, D) each, of q(z|x_S) for every subset S of the modalities
+        in x, which are all or one."""
+        mu, logvar = self.experts(x)
+        singles = [(m.name,) for m in self.modalities if m.name in x]
+        q = dict(zip(singles, zip(mu, logvar, strict=True), strict=True))
+        if len(q) > 1 and self.joint == "network":
+            for S in self.larger:
+                q[S] = bounded(*self.joint_encoders["+".join(S)](x).chunk(2, -1))
+        elif len(q) > 1:
+            products = product_of_gaussians(mu, logvar, self.masks)
+            q |= dict(zip(self.larger, zip(*products, strict=True), strict=True))
+        return q
+
+    def bound(self, x, observed=None):
+        """The objective (B,), the sum of its KLs (B,), and {name: log p(x_i|z) (B,)} with z given
+        all that is observed; x holds all modalities, or one."""
+        q = self.posteriors(x)
+        z = {
+            S: mu + torch.exp(0.5 * logvar) * torch.randn_like(mu) for S, (mu, logvar) in q.items()
+        }
+        # Whether there is an example that has terms of its single modalities.
+        single = self.name == "svae" or len(x) == 1 or observed is not None
+        subsets = [S for S in q if len(S) > 1 or single]
+        log_p = {}
+        for m in self.modalities:
+            with_m = [S for S in subsets if m.name in S]
+            if with_m:
+                p = self.decode(torch.stack([z[S] for S in with_m]), [m.name])[m.name]
+                log_p |= zip([(S, m.name) for S in with_m], p.log_prob(x[m.name]), strict=True)
+
+        names = [m.name for m in self.modalities if m.name in x]
+        if observed is None:
+            whole = torch.ones_like(next(iter(log_p.values())), dtype=torch.bool)
+            observed = torch.stack([whole] * len(names), 1)
+        seen, n = dict(zip(names, observed.T, strict=True)), observed.sum(1)
+        value, total_kl, log_px = 0.0, 0.0, dict.fromkeys(names, 0.0)
+        for S in subsets:
+            counts = torch.stack([seen[name] for name in S]).all(0)
+            to_prior = gaussian_kl(*q[S])
+            if len(S) == 1:
+                kl = to_prior
+                counts = counts & ((n == 1) | (self.name == "svae"))
+            else:
+                kl = torch.where(n > len(S), to_prior, 0)
+                for name in S:
+                    rest = tuple(other for other in S if other != name)
+                    kl = kl + gaussian_kl(*q[S], *q[rest])
+            weighted = [m.weight * log_p[S, m.name] for m in self.modalities if m.name in S]
+            value = value + counts * (sum(weighted) - self.beta * kl)
+            total_kl = total_kl + counts * kl
+            for name in S:
+                log_px[name] = log_px[name] + counts * (n == len(S)) * log_p[S, name]
+        return value, total_kl, log_px
+
+    def objective(self, x, observed=None, streams=False):
+        """The objective of the docstring above, per example (B,), over what is observed of it; where
+        only one modality is, its ELBO. Terms: the KLs' sum and each log p(x_i|z) given all that is
+        observed, in nats. Every example needs one observed modality.
+
+        With streams the rows are known to be as many complete tuples as rows of each modality alone,
+        the order of `datasets.epoch_order`, and nothing is computed for what is masked.
+        """
+        if not streams:
+            parts = [(hide(x, observed, self.modalities), observed)]
+        else:
+            chunks = {name: t.chunk(1 + len(x)) for name, t in x.items()}
+            parts = [({name: t[0] for name, t in chunks.items()},)]
+            parts += [({m.name: chunks[m.name][1 + i]},) for i, m in enumerate(self.modalities)]
+        values, kls, log_ps = zip(*(self.bound(*part) for part in parts), strict=True)
+        value, kl, log_px = torch.cat(values), torch.cat(kls), {}
+        for i, m in enumerate(self.modalities):
+            seen = len(value) if observed is None else observed[:, i].sum().clamp(min=1)
+            total = sum(log_p[m.name].detach().sum() for log_p in log_ps if m.name in log_p)
+            log_px[f"log_px/{m.name}"] = total / seen
+        return value, {"kl": kl.detach().mean()} | log_px
+
+    forward = objective
+
+
+class JointEncoder(nn.Module):
+    """q(z|x_S) of a subset, with encoders of its own: their features side by side, a layer, and the
+    parameters (App. F)."""
+
+    def __init__(self, modalities, out_dim, hidden=512):
+        super().__init__()
+        self.modalities = modalities
+        self.encoders = nn.ModuleList(encoder(m, hidden, hidden) for m in modalities)
+        join = nn.Linear(hidden * len(modalities), hidden)
+        self.join = nn.Sequential(nn.ReLU(), join, nn.ReLU(), nn.Linear(hidden, out_dim))
+
+    def forward(self, x):
+        pairs = zip(self.modalities, self.encoders, strict=True)
+        return self.join(torch.cat([encode(x[m.name]) for m, encode in pairs], -1))
+
+
+def refuse(modalities, joint):
+    """Say what so many modalities would cost."""
+    M = len(modalities)
+    cost = f"{2**M - 1} posteriors and {M * 2 ** (M - 1)} decodings a tuple"
+    if joint == "network":
+        size = sum(p.numel() for m in modalities for p in encoder(m, 512).parameters())
+        copies = 2 ** (M - 1) - 1  # of each modality's encoder
+        cost += f", {2**M - M - 1} joint networks with {M * copies} encoders "
+        cost += f"of {copies * size / 1e6:,.0f} million parameters"
+    raise UserError(f"{M} modalities: {cost}; vaevae.py takes at most {MOST_MODALITIES}")
+
+
+# ----------------------------------------------------------------------------------- training
+
+
+@common.command
+def main(argv=None):
+    args = arguments(argv)
+    device, rank, world = common.setup(args)
+    data = datasets.load(args)
+    train = datasets.with_streams(data.train.to(device), args.supervision, args.data_seed)
+    steps = len(datasets.epoch_order(train, args.batch_size, args.seed))
+    options = "latent_dim beta joint objective"
+    config = {name: getattr(args, name) for name in options.split()}
+    model = VAEVAE(data.modalities, **config).to(device)
+    settings = dict(lr=args.lr, fused=True, capturable=device.type == "cuda")
+    optimizer = torch.optim.Adam(model.parameters(), **settings)
+    fast_model = common.accelerate(model, args, device, world)
+    batch_size = args.batch_size // world
+
+    def update(rows):
+        x, observed = train.batch(rows)
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
+            value, terms = fast_model(x, observed, streams=True)
+        loss = -value.sum() / batch_size
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return torch.stack([-loss.detach(), *terms.values()])
+
+    update = common.capture(update, args, device, world)
+    names = ["objective", "kl", *(f"log_px/{m.name}" for m in data.modalities)]
+    start = common.restore(args, model, optimizer) if args.resume else 0
+    run, writer = common.open_run(args, __file__, data.source, start) if rank == 0 else (None, None)
+    saved = 0.0
+
+    with common.interruptible(run), common.progress(args, start, steps, rank) as bar:
+        for epoch in range(start + 1, args.epochs + 1):
+            began = time.monotonic()
+            torch.manual_seed(common.seed_of(args.seed, epoch, rank))
+            order = datasets.epoch_order(train, args.batch_size, common.seed_of(args.seed, epoch))
+            order = order[:, rank::world].contiguous().to(device)
+            log = torch.empty(steps, len(names), device=device)
+            for step, rows in enumerate(order):
+                log[step] = update(rows)
+                bar.update(args.batch_size)
+            row = common.epoch_row(epoch, names, log, began, steps * args.batch_size)
+            bar.set_postfix_str(f"epoch {epoch}, objective {row['objective']:.1f}")
+            if rank == 0:
+                common.write_row(run, writer, row)
+                if epoch == args.epochs or time.monotonic() - saved > args.checkpoint_every:
+                    common.save_checkpoint(run, model, optimizer, epoch, config)
+                    saved = time.monotonic()
+
+    if world > 1:
+        torch.distributed.destroy_process_group()
+    if rank == 0 and not args.no_eval:
+        evaluate.report(run, model, data, args)
+    if rank == 0:
+        print(f"run: {run}")
+
+
+if __name__ == "__main__":
+    main()
