@@ -281,10 +281,7 @@ def parser(description, defaults):
         help="polymnist: folder of five background pictures (default: two photographs that "
         "scikit-learn has and three generated pictures)",
     )
-    kinds = (
-        "share of complete tuples; below 1, and always in svae.py and vaevae.py, a step takes a "
-    )
-    kinds += "batch of them and a batch of each modality alone"
+    kinds = "share of complete tuples; below 1 a step also takes a batch of each modality alone"
     add("--supervision", type=number(float, 0, 1), default=1.0, help=kinds)
     add("--download", action="store_true", help="polymnist: fetch the authors' images from Zenodo")
 

@@ -292,26 +292,34 @@ def draw_grid(path, rows, title):
     plt.close(figure)
 
 
+def examples(test, n, seed):
+    """n test tuples, their classes spread evenly, as a dict of tensors."""
+    rng = np.random.default_rng(seed)
+    by_class = np.argsort(test.labels.cpu().numpy() + rng.uniform(0, 0.5, len(test)))
+    rows = torch.from_numpy(by_class[:: max(1, len(test) // n)][:n].copy())
+    return test.batch(rows.to(test.labels.device))[0]
+
+
+def generate(model, x, given):
+    """All modalities from one sample of the posterior of the given ones."""
+    z = model.posterior({name: x[name] for name in given}).sample()
+    return {name: generated(p) for name, p in model.decode(z).items()}
+
+
 @torch.no_grad()
 def draw_samples(folder, model, data, n=12, seed=0):
     """reconstructions.png, from_<name>.png for every single modality, and joint.png."""
     folder.mkdir(exist_ok=True)
-    device = next(model.parameters()).device
-    test = data.test.to(device)
-    rng = np.random.default_rng(seed)
-    by_class = np.argsort(test.labels.cpu().numpy() + rng.uniform(0, 0.5, len(test)))
-    rows = torch.from_numpy(by_class[:: max(1, len(test) // n)][:n].copy()).to(device)
-    x, modalities = test.batch(rows)[0], model.modalities
+    x = examples(data.test.to(next(model.parameters()).device), n, seed)
+    modalities = model.modalities
     torch.manual_seed(seed)
 
-    made = {name: generated(p) for name, p in model.decode(model.posterior(x).sample()).items()}
-    grid = []
+    made, grid = generate(model, x, list(x)), []
     for m in modalities:
         grid += [(m, x[m.name], m.name), (m, made[m.name], "→ " + m.name)]
     draw_grid(folder / "reconstructions.png", grid, "given all: input and reconstruction")
     for given in modalities:
-        q = model.posterior({given.name: x[given.name]})
-        made = {name: generated(p) for name, p in model.decode(q.sample()).items()}
+        made = generate(model, x, [given.name])
         grid = [(given, x[given.name], given.name)]
         grid += [(m, made[m.name], "→ " + m.name) for m in modalities]
         draw_grid(folder / f"from_{given.name}.png", grid, f"given {given.name} alone")
@@ -319,6 +327,32 @@ def draw_samples(folder, model, data, n=12, seed=0):
     draw_grid(
         folder / "joint.png", [(m, made[m.name], m.name) for m in modalities], "from the prior"
     )
+
+
+@torch.no_grad()
+def draw_side_by_side(path, models, data, given, n=8, seed=0):
+    """A PNG with a column of panels for each of the models (a dict by title): the same test
+    examples of the modality `given`, and every modality generated from it."""
+    modalities = next(iter(models.values())).modalities
+    x = examples(data.test, n, seed)
+    (shown,) = (m for m in modalities if m.name == given)
+    figure, axes = plt.subplots(
+        1 + len(modalities),
+        len(models),
+        figsize=(0.36 * n * len(models) + 0.8, 0.36 * (1 + len(modalities)) + 0.4),
+        squeeze=False,
+    )
+    for column, (title, model) in enumerate(models.items()):
+        torch.manual_seed(seed)
+        made = generate(model, x, [given])
+        rows = [(shown, x[given], given)]
+        rows += [(m, made[m.name], "→ " + m.name) for m in modalities]
+        for axis, (m, t, label) in zip(axes[:, column], rows, strict=True):
+            draw_row(axis, m, t, label if column == 0 else "")
+        axes[0, column].set_title(title)
+    figure.tight_layout(h_pad=0.05, w_pad=0.3)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
 
 
 # ------------------------------------------------------------------------------------- a run
@@ -361,14 +395,33 @@ def main(argv=None):
     p.add_argument("--data-dir", metavar="DIR", help="folder of the data (default: the run's)")
     p.add_argument("--cache-dir", metavar="DIR", help="folder of the cache (default: the run's)")
     p.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to run")
+    p.add_argument(
+        "--side-by-side",
+        metavar="FILE",
+        help="instead of evaluating, draw what the runs, all of one data set, generate from --given",
+    )
+    p.add_argument("--given", metavar="NAME", help="modality (default: the first)")
     options = p.parse_args(argv)
+    models = {}
     for run in options.runs:
-        model, _, args = load_run(run)
+        model, modalities, args = load_run(run)
         args.data_dir = options.data_dir or args.data_dir
         args.cache_dir = options.cache_dir or args.cache_dir
+        if options.side_by_side:
+            names = [m.name for m in modalities]
+            given = options.given or names[0]
+            if given not in names:
+                raise UserError(f"--given {given}: {run} has {', '.join(names)}")
+            if any(m.modalities != modalities for m in models.values()):
+                raise UserError(f"--side-by-side: {run} has other modalities than the first run")
+            title = type(model).__name__
+            models[f"{title}, {run}" if title in models else title] = model.eval()
+            continue
         data = datasets.load(args)
         print(f"{args.dataset}: {data.source}")
         report(Path(run), model.to(parse_device(options.device)), data, args)
+    if options.side_by_side:
+        draw_side_by_side(options.side_by_side, models, datasets.load(args), given)
 
 
 if __name__ == "__main__":

@@ -42,7 +42,9 @@ from common import (
 )
 
 DEFAULTS = {
-    "polydigits": dict(epochs=30, batch_size=64, lr=2e-3, latent_dim=32, beta=1.0),
+    "polydigits": dict(
+        epochs=30, batch_size=64, lr=2e-3, latent_dim=32, beta=1.0, anneal_epochs=10
+    ),
     # Sutter et al. 2021, App. D.2: without random subsets.
     "polymnist": dict(epochs=300, batch_size=256, lr=1e-3, latent_dim=512, beta=2.5),
 }

@@ -4,11 +4,12 @@
 
 Every contender takes whole steps (batch, forward, backward, Adam) in turn, in windows of a few
 seconds, so that a machine's drift falls on all alike; the medians of the windows are compared.
-Peak memory is that of a process of its own, which
-holds the data as its library holds them: 60,000 tuples in uint8 here, in float32 at the peer's. Operations are counted by PyTorch's own counter, the
+Peak memory is that of a process of its own, which holds the data as its library holds them: 60,000
+tuples in uint8 here, in float32 at the peer's. Operations are counted by PyTorch's own counter, the
 floor is what they would take at the rate of this machine's matrix product, measured in the same
-run. The peer is the package `multivae`, where it is installed: its model and its data set in a bare
-loop like ours, which is kinder to it than its own trainer.
+run. The peer is the package `multivae`, where it is installed: its model of the same method and its
+data set in a bare loop like ours, which is kinder to it than its own trainer; it has no SVAE and no
+VAEVAE. A tuple of svae.py and vaevae.py is a complete one and each modality of another alone.
 """
 
 import argparse
@@ -28,10 +29,25 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import common
 import datasets
+import mmvae
 import mopoe
+import mvae
+import svae
+import vaevae
 
 SHAPE, MODALITIES, TUPLES = (3, 28, 28), 5, 60_000
-METHODS = {"mopoe": mopoe.MoPoE}
+# As the peer trains MMVAE: Laplace, learnt prior, DReG on the loose bound.
+DREG = dict(objective="dreg", learn_prior=True)
+METHODS = {
+    "mopoe": mopoe.MoPoE,
+    "mvae": mvae.MVAE,
+    "mmvae-k1": functools.partial(mmvae.MMVAE, **DREG, K=1),
+    "mmvae-k10": functools.partial(mmvae.MMVAE, **DREG, K=10),
+    "svae": svae.SVAE,
+    "vaevae": vaevae.VAEVAE,
+}
+PEER, OF_PEER = "multivae-", ("mopoe", "mvae", "mmvae-k1", "mmvae-k10")
+STREAMS = ("svae", "vaevae")  # a step takes a batch of each modality alone, too
 MODES = ("float32", "bf16", "float32 compiled", "bf16 compiled")
 
 
@@ -60,7 +76,9 @@ def adam(model, device):
 
 def our_step(method, mode, options, device):
     """One update, as the script's loop makes it."""
-    train = random_data().train.to(device)
+    train, streams = random_data().train.to(device), {}
+    if method in STREAMS:
+        train, streams = datasets.with_streams(train, 1.0, 0), {"streams": True}
     torch.manual_seed(0)
     model = METHODS[method](modalities(), options.latent_dim, beta=2.5).to(device)
     args = argparse.Namespace(compile="compiled" in mode)
@@ -69,20 +87,28 @@ def our_step(method, mode, options, device):
     def update(rows):
         x, observed = train.batch(rows)
         with torch.autocast(device.type, torch.bfloat16, enabled="bf16" in mode):
-            value, terms = fast_model(x, observed)
-        loss = -value.sum() / len(rows)
+            value, terms = fast_model(x, observed, **streams)
+        loss = -value.sum() / options.batch_size
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        return torch.stack([value.detach().mean(), *terms.values()])
+        return torch.stack([-loss.detach(), *terms.values()])
 
     return common.capture(update, args, device, 1)
 
 
-def peer_step(mode, options, device):
-    """One update of multivae's MoPoE with our networks."""
+@functools.cache
+def peer_data(device):
     from multivae.data.datasets.base import MultimodalBaseDataset
-    from multivae.models import MoPoE, MoPoEConfig
+
+    tensors = random_data().train.tensors
+    return MultimodalBaseDataset({n: t.to(device).float() / 255 for n, t in tensors.items()})
+
+
+def peer_step(method, mode, options, device):
+    """One update of multivae's model of a method with our networks."""
+    from multivae import models
+    from multivae.data.datasets.base import MultimodalBaseDataset
     from multivae.models.nn.base_architectures import BaseDecoder, BaseEncoder
     from pythae.models.base.base_utils import ModelOutput
 
@@ -106,22 +132,28 @@ def peer_step(mode, options, device):
             return ModelOutput(reconstruction=self.net(z))
 
     names = [m.name for m in modalities()]
-    config = MoPoEConfig(
+    Model, Config, settings = {
+        "mopoe": (models.MoPoE, models.MoPoEConfig, {}),
+        "mvae": (models.MVAE, models.MVAEConfig, {"warmup": 0}),
+        "mmvae-k1": (models.MMVAE, models.MMVAEConfig, {"K": 1}),
+        "mmvae-k10": (models.MMVAE, models.MMVAEConfig, {"K": 10}),
+    }[method]
+    config = Config(
         n_modalities=MODALITIES,
         latent_dim=options.latent_dim,
         input_dims=dict.fromkeys(names, SHAPE),
         decoders_dist=dict.fromkeys(names, "laplace"),
         decoder_dist_params={name: {"scale": 0.75} for name in names},
         beta=2.5,
+        **settings,
     )
     torch.manual_seed(0)
     encoders = {m.name: Encoder(m) for m in modalities()}
     decoders = {m.name: Decoder(m) for m in modalities()}
-    model = MoPoE(config, encoders, decoders).to(device)
+    model = Model(config, encoders, decoders).to(device)
     model.device = device
     optimizer = adam(model, device)
-    floats = {name: t.to(device).float() / 255 for name, t in random_data().train.tensors.items()}
-    train = MultimodalBaseDataset(floats)
+    train = peer_data(device)
 
     def update(rows):
         inputs = MultimodalBaseDataset(train[rows].data)
@@ -136,11 +168,12 @@ def peer_step(mode, options, device):
 
 def make_step(contender, options, device):
     name, mode = contender.split(" ", 1)
-    if name == "multivae":
-        update = peer_step(mode, options, device)
+    if name.startswith(PEER):
+        update = peer_step(name.removeprefix(PEER), mode, options, device)
     else:
         update = our_step(name, mode, options, device)
-    return lambda: update(torch.randint(TUPLES, (options.batch_size,), device=device))
+    rows = options.batch_size * (1 + MODALITIES if name in STREAMS else 1)
+    return lambda: update(torch.randint(TUPLES, (rows,), device=device))
 
 
 def synchronize(device):
@@ -184,13 +217,15 @@ def print_peak(options, device):
 
 
 def contenders_of(options):
-    found = [f"{method} {mode}" for method in METHODS for mode in options.modes]
+    found = [f"{method} {mode}" for method in options.methods for mode in options.modes]
     try:
         import multivae.models  # noqa: F401
     except ImportError:
         print("multivae is not installed: no peer", file=sys.stderr)
         return found
-    return [*found, *(f"multivae {mode}" for mode in options.modes if "compiled" not in mode)]
+    modes = [mode for mode in options.modes if "compiled" not in mode]
+    peers = [method for method in options.methods if method in OF_PEER]
+    return [*found, *(f"{PEER}{method} {mode}" for method in peers for mode in modes)]
 
 
 def main():
@@ -200,6 +235,7 @@ def main():
     p.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     p.add_argument("--batch-size", type=int, default=256)
     p.add_argument("--latent-dim", type=int, default=512)
+    p.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     p.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     p.add_argument("--windows", type=int, default=9, help="windows of each contender")
     p.add_argument("--seconds", type=float, default=3.0, help="about the length of a window")
@@ -212,13 +248,15 @@ def main():
 
     contenders = contenders_of(options)
     steps = {name: make_step(name, options, device) for name in contenders}
-    with FlopCounterMode(display=False) as counter:
-        make_step("mopoe float32", options, device)()
-    operations = counter.get_total_flops() / options.batch_size
+    operations = {}
+    for method in options.methods:
+        with FlopCounterMode(display=False) as counter:
+            make_step(f"{method} float32", options, device)()
+        operations[method] = counter.get_total_flops() / options.batch_size
     repeat = {}
     for name, step in steps.items():
-        seconds_of(step, 5, device)
-        repeat[name] = max(1, round(options.seconds / seconds_of(step, 3, device)))
+        seconds_of(step, 4 if device.type == "cuda" else 1, device)  # compiles, captures
+        repeat[name] = max(1, round(options.seconds / seconds_of(step, 1, device)))
     windows = {name: [] for name in contenders}
     for _ in range(options.windows):
         for name, step in steps.items():
@@ -230,11 +268,10 @@ def main():
     }
     del steps
 
-    peer = "multivae float32"
     rows = {}
     for name in contenders:
-        rate = statistics.median(windows[name])
-        floor = rates["bf16" if "bf16" in name else "float32"] / operations
+        rate, method = statistics.median(windows[name]), name.split()[0].removeprefix(PEER)
+        floor = rates["bf16" if "bf16" in name else "float32"] / operations[method]
         rows[name] = {
             "tuples_per_second": round(rate, 1),
             "slowest_window": round(min(windows[name]), 1),
@@ -243,6 +280,7 @@ def main():
             "peak_memory_gb": round(peak_memory(name, options), 2),
         }
     for name, row in rows.items():
+        peer = f"{PEER}{name.split()[0].removeprefix(PEER)} float32"
         if peer in rows:
             ratios = [a / b for a, b in zip(windows[name], windows[peer], strict=True)]
             row["times_the_peer"] = round(statistics.median(ratios), 2)
@@ -258,14 +296,16 @@ def main():
         "git": common.git_revision(),
         "batch_size": options.batch_size,
         "latent_dim": options.latent_dim,
-        "operations_per_tuple": round(operations),
+        "operations_per_tuple": {method: round(n) for method, n in operations.items()},
         "matrix_product_per_second": {name: round(rate) for name, rate in rates.items()},
         "contenders": rows,
     }
-    print(f"{operations / 1e6:.0f} million operations a tuple; matrix product ", end="")
+    print("million operations a tuple: ", end="")
+    print(", ".join(f"{method} {n / 1e6:,.0f}" for method, n in operations.items()))
+    print("matrix product: ", end="")
     print(", ".join(f"{name} {rate / 1e9:,.0f} GFLOP/s" for name, rate in rates.items()))
     for name, row in rows.items():
-        print(f"{name:26}", ", ".join(f"{key} {value}" for key, value in row.items()))
+        print(f"{name:28}", ", ".join(f"{key} {value}" for key, value in row.items()))
     if options.json:
         common.replace(options.json, (json.dumps(result, indent=2) + "\n").encode())
 

@@ -15,6 +15,7 @@ from exact import (
     set_decoders,
     set_exact_experts,
 )
+from test_run import resume, run
 from torch.distributions import Normal, kl_divergence
 
 import mvae
@@ -132,6 +133,21 @@ def test_annealing_scales_the_kl(float64):
         found.append(elbos + 2.0 * annealing * kl)
     torch.testing.assert_close(found[0], found[1])
     torch.testing.assert_close(found[0], found[2])
+
+
+def test_annealing_rises_linearly_from_zero_and_goes_on_when_resumed(tmp_path, monkeypatch):
+    seen, objective = [], MVAE.objective
+
+    def recorded(model, x, observed=None):
+        seen.append(model.annealing.item())
+        return objective(model, x, observed)
+
+    monkeypatch.setattr(MVAE, "forward", recorded)
+    path = run("mvae", tmp_path, "--anneal-epochs", "2", "--epochs", "1", "--no-eval")
+    resume("mvae", path, "--epochs", "3")
+    steps = 200 // 16
+    expected = [min(1.0, step / (2 * steps)) for step in range(3 * steps)]
+    assert seen == pytest.approx(expected, abs=1e-6)
 
 
 # ---------------------------------------------------------------- products without the prior

@@ -170,6 +170,22 @@ def test_evaluating_a_saved_run_gives_the_same_results(script, tmp_path, capsys)
     assert capsys.readouterr().out == table
 
 
+def test_runs_are_drawn_side_by_side(tmp_path, capsys):
+    paths = [str(run(script, tmp_path, "--no-eval", "--epochs", "1")) for script in SCRIPTS]
+    picture = tmp_path / "all.png"
+    evaluate.main([*paths, "--side-by-side", str(picture), "--given", "label"])
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert not (Path(paths[0]) / "results.json").exists()
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main([*paths, "--side-by-side", str(picture), "--given", "nothing"])
+    assert stop.value.code == 2
+    one_line(capsys, "--given nothing", "vector, label")
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main([*paths, "--side-by-side", str(tmp_path / "no" / "folder.png")])
+    assert stop.value.code == 2
+    one_line(capsys, "folder.png")
+
+
 @every_script
 def test_the_seed_decides_everything(script, tmp_path):
     one, again = (run(script, tmp_path / name, "--no-eval") for name in ("one", "again"))
