@@ -160,18 +160,18 @@ class SVAE(nn.Module):
 
         names = [m.name for m in self.modalities if m.name in x]
         if observed is None:
-            whole = torch.ones_like(next(iter(log_p.values()))[0], dtype=torch.bool)
-            observed = torch.stack([whole] * len(names), 1)
+            shape = len(x[names[0]]), len(names)
+            observed = torch.ones(shape, dtype=torch.bool, device=self.zeros.device)
         seen, n = dict(zip(names, observed.T, strict=True)), observed.sum(1)
         value, total_kl, log_px = 0.0, 0.0, dict.fromkeys(names, 0.0)
         for S in subsets:
             counts = torch.stack([seen[name] for name in S]).all(0)
             to_prior = gaussian_kl(*q[S]).sum(0)
             if len(S) == 1:
-                kl = to_prior
+                kl = to_prior  # (D.30)
                 counts = counts & ((n == 1) | (self.name == "svae"))
             else:
-                kl = torch.where(n > len(S), to_prior, 0)
+                kl = torch.where(n > len(S), to_prior, 0)  # (D.29), not in (D.28)
                 for name in S:
                     rest = tuple(other for other in S if other != name)
                     every_pair = (*(t[:, None] for t in q[S]), *q[rest])
