@@ -112,3 +112,21 @@ def assert_masked_content_is_unread(model, x):
     assert all(t.isfinite().all() for t in found[0] if t is not None)
     for clean, poisoned in zip(*found, strict=True):
         assert clean is poisoned or clean.equal(poisoned)
+
+
+def assert_terms_are_given_all_that_is_observed(model, x, monkeypatch):
+    """The logged log p(x_i|z) is the mean over the examples that have x_i, z from the posterior of
+    all that an example has; here without noise, every pattern in one batch."""
+    monkeypatch.setattr(torch, "randn_like", torch.zeros_like)
+    observed = torch.tensor(MASKS)
+    x = {name: value[torch.arange(31) % 6] for name, value in x.items()}
+    _, terms = model(x, observed)
+    for i, name in enumerate("abcde"):
+        expected = []
+        for row in observed[:, i].nonzero().flatten():
+            given = [n for n, seen in zip("abcde", observed[row], strict=True) if seen]
+            q = model.posterior({n: x[n][row : row + 1] for n in given})
+            q = getattr(q, "component_distribution", q)  # the forms of SVAE
+            log_p = model.decode(q.mean, [name])[name].log_prob(x[name][row])
+            expected.append(log_p.mean())
+        torch.testing.assert_close(terms[f"log_px/{name}"], torch.stack(expected).mean())

@@ -273,6 +273,30 @@ def test_masked_content_changes_neither_value_nor_gradient(float64, product, pri
     exact.assert_masked_content_is_unread(*five(**settings))
 
 
+def test_terms_are_given_all_that_is_observed(float64, monkeypatch):
+    exact.assert_terms_are_given_all_that_is_observed(*five(), monkeypatch)
+
+
+def test_a_random_subset_counts_where_what_is_left_of_it_is_new(float64, fixed_noise, monkeypatch):
+    """Not where one modality or all that an example has is left, whose ELBOs are there already."""
+    model, x = five(random_subsets=1)
+    monkeypatch.setattr(mvae, "random_subset", lambda M: (0, 1, 3))
+    for mask, left in (
+        ([1, 1, 1, 1, 1], (0, 1, 3)),
+        ([1, 1, 1, 0, 0], (0, 1)),
+        ([1, 0, 1, 0, 1], None),
+        ([0, 0, 1, 0, 1], None),
+        ([1, 1, 0, 0, 0], None),
+    ):
+        observed = torch.tensor(mask).bool().expand(6, 5)
+        O = tuple(i for i, seen in enumerate(mask) if seen)
+        subsets = [O, *((i,) for i in range(5)), left or O]
+        counted = [0, *(1 + i for i in O), *([6] if left else [])]
+        noise = torch.randn_like(torch.empty(7, 6, 3))
+        expected = by_hand(model, x, subsets, noise)[counted].sum(0)
+        torch.testing.assert_close(model(x, observed)[0], expected, rtol=1e-12, atol=1e-12)
+
+
 def test_private_latent_of_an_absent_modality_follows_its_prior(float64):
     model, x = five(private_dim=2)
     q = model.posterior({"b": x["b"]})

@@ -317,6 +317,14 @@ def test_masked_content_changes_neither_value_nor_gradient(float64, make, object
     exact.assert_masked_content_is_unread(make(mods, 3, objective=objective), x)
 
 
+@every_model
+@every_objective
+def test_terms_are_given_all_that_is_observed(float64, make, objective, monkeypatch):
+    mods, x = five()
+    model = make(mods, 3, objective=objective)
+    exact.assert_terms_are_given_all_that_is_observed(model, x, monkeypatch)
+
+
 @every_objective
 @pytest.mark.parametrize("joint", ["network", "poe"])
 def test_masked_value_of_vaevae_is_that_of_the_model_without_them(float64, noise, joint, objective):
