@@ -2,8 +2,8 @@
 
     python benchmarks/throughput.py --json results/throughput_cpu.json
 
-Every contender takes whole steps (batch, forward, backward, Adam) in turn, in windows of a few
-seconds, so that a machine's drift falls on all alike; the medians of the windows are compared.
+The contenders of a method take whole steps (batch, forward, backward, Adam) in turn, in windows of
+a few seconds, so that a machine's drift falls on all alike; the medians of the windows are compared.
 Peak memory is that of a process of its own, which holds the data as its library holds them: 60,000
 tuples in uint8 here, in float32 at the peer's. Operations are counted by PyTorch's own counter, the
 floor is what they would take at the rate of this machine's matrix product, measured in the same
@@ -216,23 +216,67 @@ def print_peak(options, device):
         print(int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e9)
 
 
-def contenders_of(options):
-    found = [f"{method} {mode}" for method in options.methods for mode in options.modes]
+def peer_is_there():
     try:
         import multivae.models  # noqa: F401
     except ImportError:
         print("multivae is not installed: no peer", file=sys.stderr)
-        return found
-    # The hooks of its MMVAE fail under autocast.
-    return [
-        *found,
-        *(
-            f"{PEER}{method} {mode}"
-            for method in options.methods
-            for mode in options.modes
-            if method in OF_PEER and mode in (MODES[:1] if "mmvae" in method else MODES[:2])
-        ),
-    ]
+        return False
+    return True
+
+
+def contenders_of(method, options):
+    found = [f"{method} {mode}" for mode in options.modes]
+    if method in OF_PEER and peer_is_there():
+        # The hooks of its MMVAE fail under autocast.
+        able = MODES[:1] if "mmvae" in method else MODES[:2]
+        found += [f"{PEER}{method} {mode}" for mode in options.modes if mode in able]
+    return found
+
+
+def measure(method, options, device):
+    """A row of results for each contender of a method, its operations a tuple, and the machine's
+    matrix products per second."""
+    steps = {name: make_step(name, options, device) for name in contenders_of(method, options)}
+    repeat = {}
+    for name, step in steps.items():
+        seconds_of(step, 4 if device.type == "cuda" else 1, device)  # compiles, captures
+        repeat[name] = max(1, round(options.seconds / seconds_of(step, 1, device)))
+    windows = {name: [] for name in steps}
+    for _ in range(options.windows):
+        for name, step in steps.items():
+            windows[name].append(options.batch_size / seconds_of(step, repeat[name], device))
+    n = 8192 if device.type == "cuda" else 2048
+    rates = {
+        "float32": matrix_rate(torch.float32, device, n),
+        "bf16": matrix_rate(torch.bfloat16, device, n),
+    }
+    del steps, step
+    with FlopCounterMode(display=False) as counter:
+        make_step(f"{method} float32", options, device)()
+    operations = counter.get_total_flops() / options.batch_size
+
+    rows, peer = {}, f"{PEER}{method} float32"
+    for name, rates_seen in windows.items():
+        rate = statistics.median(rates_seen)
+        floor = rates["bf16" if "bf16" in name else "float32"] / operations
+        rows[name] = {
+            "tuples_per_second": round(rate, 1),
+            "slowest_window": round(min(rates_seen), 1),
+            "fastest_window": round(max(rates_seen), 1),
+            "share_of_floor": round(rate / floor, 3),
+            "peak_memory_gb": round(peak_memory(name, options), 2),
+        }
+    for name, row in rows.items() if peer in rows else ():
+        ratios = [a / b for a, b in zip(windows[name], windows[peer], strict=True)]
+        row["times_the_peer"] = round(statistics.median(ratios), 2)
+        share = row["peak_memory_gb"] / rows[peer]["peak_memory_gb"]
+        row["memory_to_the_peer"] = round(share, 2)
+    return {
+        "operations_per_tuple": round(operations),
+        "matrix_product_per_second": {name: round(rate) for name, rate in rates.items()},
+        "contenders": rows,
+    }
 
 
 def main():
@@ -253,47 +297,6 @@ def main():
     if options.peak:
         return print_peak(options, device)
 
-    contenders = contenders_of(options)
-    steps = {name: make_step(name, options, device) for name in contenders}
-    operations = {}
-    for method in options.methods:
-        with FlopCounterMode(display=False) as counter:
-            make_step(f"{method} float32", options, device)()
-        operations[method] = counter.get_total_flops() / options.batch_size
-    repeat = {}
-    for name, step in steps.items():
-        seconds_of(step, 4 if device.type == "cuda" else 1, device)  # compiles, captures
-        repeat[name] = max(1, round(options.seconds / seconds_of(step, 1, device)))
-    windows = {name: [] for name in contenders}
-    for _ in range(options.windows):
-        for name, step in steps.items():
-            windows[name].append(options.batch_size / seconds_of(step, repeat[name], device))
-    n = 8192 if device.type == "cuda" else 2048
-    rates = {
-        "float32": matrix_rate(torch.float32, device, n),
-        "bf16": matrix_rate(torch.bfloat16, device, n),
-    }
-    del steps
-
-    rows = {}
-    for name in contenders:
-        rate, method = statistics.median(windows[name]), name.split()[0].removeprefix(PEER)
-        floor = rates["bf16" if "bf16" in name else "float32"] / operations[method]
-        rows[name] = {
-            "tuples_per_second": round(rate, 1),
-            "slowest_window": round(min(windows[name]), 1),
-            "fastest_window": round(max(windows[name]), 1),
-            "share_of_floor": round(rate / floor, 3),
-            "peak_memory_gb": round(peak_memory(name, options), 2),
-        }
-    for name, row in rows.items():
-        peer = f"{PEER}{name.split()[0].removeprefix(PEER)} float32"
-        if peer in rows:
-            ratios = [a / b for a, b in zip(windows[name], windows[peer], strict=True)]
-            row["times_the_peer"] = round(statistics.median(ratios), 2)
-            row["memory_to_the_peer"] = round(
-                row["peak_memory_gb"] / rows[peer]["peak_memory_gb"], 2
-            )
     gpu = torch.cuda.get_device_name() if device.type == "cuda" else None
     result = {
         "command": "python " + " ".join(sys.argv),
@@ -303,18 +306,18 @@ def main():
         "git": common.git_revision(),
         "batch_size": options.batch_size,
         "latent_dim": options.latent_dim,
-        "operations_per_tuple": {method: round(n) for method, n in operations.items()},
-        "matrix_product_per_second": {name: round(rate) for name, rate in rates.items()},
-        "contenders": rows,
+        "methods": {},
     }
-    print("million operations a tuple: ", end="")
-    print(", ".join(f"{method} {n / 1e6:,.0f}" for method, n in operations.items()))
-    print("matrix product: ", end="")
-    print(", ".join(f"{name} {rate / 1e9:,.0f} GFLOP/s" for name, rate in rates.items()))
-    for name, row in rows.items():
-        print(f"{name:28}", ", ".join(f"{key} {value}" for key, value in row.items()))
-    if options.json:
-        common.replace(options.json, (json.dumps(result, indent=2) + "\n").encode())
+    for method in options.methods:
+        result["methods"][method] = found = measure(method, options, device)
+        rates = found["matrix_product_per_second"].items()
+        print(f"{method}: {found['operations_per_tuple'] / 1e6:,.0f} million operations a tuple")
+        print("  matrix product", ", ".join(f"{n} {r / 1e9:,.0f} GFLOP/s" for n, r in rates))
+        for name, row in found["contenders"].items():
+            print(f"  {name:26}", ", ".join(f"{key} {value}" for key, value in row.items()))
+        sys.stdout.flush()
+        if options.json:
+            common.replace(options.json, (json.dumps(result, indent=2) + "\n").encode())
 
 
 if __name__ == "__main__":
