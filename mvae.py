@@ -4,7 +4,7 @@ NeurIPS 2018.
 The posterior is a product of Gaussian experts, one for each modality and the prior p(z) as one
 more, q(z|x_S) ∝ p(z) Π_{i in S} q~(z|x_i), so that any subset of the modalities will do.
 
-    python mvae.py                                     polydigits, two minutes on a laptop
+    python mvae.py                                     polydigits, three minutes on a laptop
     python mvae.py --dataset polymnist --beta 2.5      the setting of Sutter et al. 2021
     torchrun --nproc-per-node 8 mvae.py ...            several GPUs
 
