@@ -107,9 +107,9 @@ def load(args):
 
 
 def with_streams(split, supervision, seed):
-    """The split as the streams of weak supervision (Wu & Goodman 2019): one of complete tuples, a
-    share `supervision` of all, chosen by the seed, and for each modality one of all its examples,
-    of which the other modalities count as missing."""
+    """The split as the streams of weak supervision (Kutuzova et al. 2021, Algorithm 1): one of
+    complete tuples, a share `supervision` of all, chosen by the seed, and for each modality one of
+    all its examples, of which the other modalities count as missing."""
     chosen = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))
     complete = chosen[: round(supervision * len(split))]
     if not len(complete):

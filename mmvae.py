@@ -30,14 +30,7 @@ import time
 
 import torch
 from torch import nn
-from torch.distributions import (
-    Categorical,
-    Independent,
-    Laplace,
-    MixtureSameFamily,
-    Normal,
-    kl_divergence,
-)
+from torch.distributions import Categorical, Independent, Laplace, MixtureSameFamily, Normal
 
 import common
 import datasets
@@ -177,10 +170,12 @@ class MMVAE(nn.Module):
             m.name: seen[i] * p.log_prob(x[m.name])
             for i, (m, p) in enumerate(zip(self.modalities, self.decode(at).values(), strict=True))
         }
-        log_q = torch.logsumexp(self.log_joint(pi, *held, at), 0)
+        log_q = torch.logsumexp(pi.log()[:, None, None] + self.log_experts(*held, at), 0)
         kl = log_q - self.prior().log_prob(at)
         if self.kl == "components":
-            kl = kl_divergence(self.independent(loc, scale), self.prior()).expand_as(kl)
+            kl = torch.distributions.kl_divergence(
+                self.independent(loc, scale), self.prior()
+            ).expand_as(kl)
         log_w = sum(m.weight * log_p[m.name] for m in self.modalities) - self.beta * kl
 
         if self.name == "elbo":
@@ -215,7 +210,8 @@ class MMVAE(nn.Module):
             weight = pi * w
         gradient, share = weight * log_w, torch.ones_like(w)
         if self.name == "dreg-mixture":
-            r = torch.softmax(self.log_joint(pi, loc.detach(), scale.detach(), z), 0)
+            log_q = self.log_experts(loc.detach(), scale.detach(), z)
+            r = torch.softmax(pi.log()[:, None, None] + log_q, 0)
             own = torch.einsum("mkmb->kmb", r)
             share = own.detach()
             others = r.detach() * (1 - torch.eye(len(r)).to(r))[:, None, :, None]
@@ -248,7 +244,7 @@ class MMVAE(nn.Module):
             p = self.decode(z_j, [m.name])[m.name]
             log_p[m.name] = seen[j] * share[:, j] * p.log_prob(x[m.name])  # (K, B)
             reconstruction = reconstruction + m.weight * log_p[m.name].mean(0)
-        kl = kl_divergence(self.independent(loc, scale), self.prior())
+        kl = torch.distributions.kl_divergence(self.independent(loc, scale), self.prior())
         value = reconstruction - self.beta * (pi * kl).sum(0)
         # The shares hold the weights π already, so every expert's part is the same here.
         log_p = {name: t[:, None].expand(-1, len(loc), -1) for name, t in log_p.items()}
@@ -257,10 +253,6 @@ class MMVAE(nn.Module):
     def log_experts(self, loc, scale, z):
         """log q_n(z_m^k|x_n) for samples z (K, M, B, D) of all experts m, (N, K, M, B)."""
         return self.independent(loc[:, None, None], scale[:, None, None]).log_prob(z)
-
-    def log_joint(self, pi, loc, scale, z):
-        """log π_n q_n(z_m^k|x_n), (N, K, M, B)."""
-        return pi.log()[:, None, None] + self.log_experts(loc, scale, z)
 
     def terms(self, kl, log_p, pi, seen):
         """What is logged: means over the mixture, the samples and the batch."""

@@ -96,7 +96,7 @@ class MVAE(nn.Module):
         D, M = latent_dim + private_dim, len(modalities)
         self.encoders = nn.ModuleList(encoder(m, 2 * D) for m in modalities)
         self.decoders = nn.ModuleList(decoder(m, D) for m in modalities)
-        self.register_buffer("one", torch.eye(M, dtype=torch.bool), persistent=False)
+        self.register_buffer("singletons", torch.eye(M, dtype=torch.bool), persistent=False)
         self.register_buffer("zeros", torch.zeros(latent_dim + M * private_dim), persistent=False)
         self.register_buffer("annealing", torch.ones(()), persistent=False)
 
@@ -157,10 +157,10 @@ class MVAE(nn.Module):
 
     def elbos(self, x, subsets, observed=None):
         """ELBO(S) = E_q(z|x_S)[Σ_{i in S} λ_i log p(x_i|z)] - β KL(q(z|x_S) || p(z)) and the KL for a
-        list of subsets, each a tuple of indices; the ELBOs, the KLs and the sizes of the subsets,
-        (S, B) each, and log p(x_i|z), (B,), by the numbers of S and i. Where a modality is not
-        observed, S is the rest; an S of which nothing rests is all that is observed."""
-        masks = [torch.stack([self.one[i] for i in S]).any(0) for S in subsets]
+        list of subsets, tuples of indices that have every modality among them; the ELBOs, the KLs and
+        the subsets' sizes, (S, B) each, and log p(x_i|z), (B,), by the numbers of S and i. Of an
+        example with missing modalities S is the observed part, or all it has where that is empty."""
+        masks = [torch.stack([self.singletons[i] for i in S]).any(0) for S in subsets]
         present = torch.stack(masks)[..., None]  # (S, M, 1)
         if observed is not None:
             rest = present & observed.T
@@ -182,7 +182,7 @@ class MVAE(nn.Module):
         return elbos, kl, present.sum(1).expand_as(kl), log_p
 
     def objective(self, x, observed=None):
-        """ELBO(all) + Σ_i ELBO({i}) + Σ_k ELBO(S_k) (Section 2.2), per example (B,), over what is
+        """ELBO(all) + Σ_i ELBO({i}) + Σ_k ELBO(S_k), per example (B,), over what is
         observed of it; each ELBO a lower bound of log p(x_S), where β = 1 and all λ = 1. Terms: the
         KLs' sum and each log p(x_i|z) given all, in nats. Every example needs one observed
         modality."""
@@ -191,8 +191,7 @@ class MVAE(nn.Module):
         whole, single = tuple(range(M)), [(i,) for i in range(M)]
         drawn = [random_subset(M) for _ in range(self.random_subsets)]
         elbos, kl, sizes, log_p = self.elbos(x, [whole, *single, *drawn], observed)
-        # Each subset counts once: where an example lacks modalities, the rest of one may be that of
-        # another.
+        # Each subset counts once: what an example has of one may be what it has of another.
         counts = sizes < sizes[0]
         counts[0] = True
         counts[1 + M :] &= sizes[1 + M :] > 1

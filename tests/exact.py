@@ -114,6 +114,15 @@ def assert_masked_content_is_unread(model, x):
         assert clean is poisoned or clean.equal(poisoned)
 
 
+def assert_private_latent_of_an_absent_modality_follows_its_prior(model, x):
+    """For three shared dimensions and two private ones of each modality."""
+    q = model.posterior({"b": x["b"]})
+    absent = torch.ones(13, dtype=torch.bool)
+    absent[:3] = absent[5:7] = False
+    assert q.mean[:, absent].eq(0).all() and q.variance[:, absent].eq(1).all()
+    assert not q.mean[:, ~absent].eq(0).any()
+
+
 def assert_terms_are_given_all_that_is_observed(model, x, monkeypatch):
     """The logged log p(x_i|z) is the mean over the examples that have x_i, z from the posterior of
     all that an example has; here without noise, every pattern in one batch."""

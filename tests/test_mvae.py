@@ -228,7 +228,7 @@ def test_random_subsets_of_two_modalities_are_refused():
         MVAE(modalities(2), 2, random_subsets=1)
 
 
-def test_random_subsets_are_not_compiled(capsys):
+def test_random_subsets_are_not_compiled():
     options = ["--random-subsets", "1"]
     assert mvae.arguments(options).compile is False
     with pytest.raises(UserError, match="--compile"):
@@ -298,12 +298,7 @@ def test_a_random_subset_counts_where_what_is_left_of_it_is_new(float64, fixed_n
 
 
 def test_private_latent_of_an_absent_modality_follows_its_prior(float64):
-    model, x = five(private_dim=2)
-    q = model.posterior({"b": x["b"]})
-    absent = torch.ones(13, dtype=torch.bool)
-    absent[:3] = absent[5:7] = False
-    assert q.mean[:, absent].eq(0).all() and q.variance[:, absent].eq(1).all()
-    assert not q.mean[:, ~absent].eq(0).any()
+    exact.assert_private_latent_of_an_absent_modality_follows_its_prior(*five(private_dim=2))
 
 
 def test_posterior_is_the_training_posterior(float64):
