@@ -31,6 +31,7 @@ from common import (
     command,
     encoder,
     generated,
+    keep_memory,
     load_checkpoint,
     load_weights,
     log_mean_exp,
@@ -402,6 +403,7 @@ def main(argv=None):
     )
     p.add_argument("--given", metavar="NAME", help="modality (default: the first)")
     options = p.parse_args(argv)
+    keep_memory()
     models = {}
     for run in options.runs:
         model, modalities, args = load_run(run)

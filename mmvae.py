@@ -167,8 +167,8 @@ class MMVAE(nn.Module):
         # log w = Σ_i λ_i log p(x_i|z) + β (log p(z) - log q(z|x)), (K, M, B)
         at = z.view_as(z)  # the same samples; DReG weighs the gradient that comes through here
         log_p = {
-            m.name: seen[i] * p.log_prob(x[m.name])
-            for i, (m, p) in enumerate(zip(self.modalities, self.decode(at).values(), strict=True))
+            m.name: seen[i] * self.decode(at, [m.name])[m.name].log_prob(x[m.name])
+            for i, m in enumerate(self.modalities)
         }
         log_q = torch.logsumexp(pi.log()[:, None, None] + self.log_experts(*held, at), 0)
         kl = log_q - self.prior().log_prob(at)
@@ -252,7 +252,8 @@ class MMVAE(nn.Module):
 
     def log_experts(self, loc, scale, z):
         """log q_n(z_m^k|x_n) for samples z (K, M, B, D) of all experts m, (N, K, M, B)."""
-        return self.independent(loc[:, None, None], scale[:, None, None]).log_prob(z)
+        # One at a time: all at once would take M times the samples' memory, several times over.
+        return torch.stack([self.independent(*q).log_prob(z) for q in zip(loc, scale, strict=True)])
 
     def terms(self, kl, log_p, pi, seen):
         """What is logged: means over the mixture, the samples and the batch."""

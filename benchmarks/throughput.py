@@ -2,14 +2,14 @@
 
     python benchmarks/throughput.py --json results/throughput_cpu.json
 
-The contenders of a method take whole steps (batch, forward, backward, Adam) in turn, in windows of
-a few seconds, so that a machine's drift falls on all alike; the medians of the windows are compared.
-Peak memory is that of a process of its own, which holds the data as its library holds them: 60,000
-tuples in uint8 here, in float32 at the peer's. Operations are counted by PyTorch's own counter, the
-floor is what they would take at the rate of this machine's matrix product, measured in the same
-run. The peer is the package `multivae`, where it is installed: its model of the same method and its
-data set in a bare loop like ours, which is kinder to it than its own trainer; it has no SVAE and no
-VAEVAE. A tuple of svae.py and vaevae.py is a complete one and each modality of another alone.
+The contenders of a method, a process each, take whole steps (batch, forward, backward, Adam) in
+turn, in windows of a few seconds, so that a machine's drift falls on all alike; the medians of the
+windows are compared. Peak memory is the process's, which holds 20,000 tuples as its library holds
+them, in uint8 here, in float32 at the peer's. Operations are counted by PyTorch's own counter, the
+floor is what they would take at the rate of this machine's matrix product, measured between the
+windows. The peer is the package `multivae`, where it is installed: its model of the same method and
+its data set in a bare loop like ours, which is kinder to it than its own trainer; it has no SVAE
+and no VAEVAE. A tuple of svae.py and vaevae.py is a complete one and each modality of another alone.
 """
 
 import argparse
@@ -35,7 +35,7 @@ import mvae
 import svae
 import vaevae
 
-SHAPE, MODALITIES, TUPLES = (3, 28, 28), 5, 60_000
+SHAPE, MODALITIES, TUPLES = (3, 28, 28), 5, 20_000
 # As the peer trains MMVAE: Laplace, learnt prior, DReG on the loose bound.
 DREG = dict(objective="dreg", learn_prior=True)
 METHODS = {
@@ -76,6 +76,7 @@ def adam(model, device):
 
 def our_step(method, mode, options, device):
     """One update, as the script's loop makes it."""
+    common.keep_memory()
     train, streams = random_data().train.to(device), {}
     if method in STREAMS:
         train, streams = datasets.with_streams(train, 1.0, 0), {"streams": True}
@@ -191,23 +192,40 @@ def seconds_of(call, repeat, device):
 
 
 def matrix_rate(dtype, device, n):
-    """Operations per second of one n×n matrix product, the best of several."""
+    """Operations per second of an n×n matrix product, the best of several."""
     a, b = (torch.randn(n, n, dtype=dtype, device=device) for _ in range(2))
     return 2 * n**3 / min(seconds_of(lambda: a @ b, 3, device) for _ in range(5))
 
 
-def peak_memory(contender, options):
-    """GB at the highest, of a process that takes a few steps; the GPU's where there is one."""
-    command = [sys.executable, __file__, "--peak", contender, "--device", options.device]
-    command += ["--batch-size", str(options.batch_size), "--latent-dim", str(options.latent_dim)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return float(done.stdout.split()[-1])
+class Contender:
+    """A contender in a process of its own, which waits for its windows."""
+
+    def __init__(self, name, options):
+        command = [sys.executable, __file__, "--contender", name, "--device", options.device]
+        command += [
+            "--batch-size",
+            str(options.batch_size),
+            "--latent-dim",
+            str(options.latent_dim),
+        ]
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(command, **pipes)
+
+    def seconds(self, repeat):
+        """Seconds a step, over `repeat` steps."""
+        print(repeat, file=self.process.stdin, flush=True)
+        return float(self.process.stdout.readline())
+
+    def end(self):
+        """Ends the process; the peak of its memory in GB, the GPU's where there is one."""
+        return float(self.process.communicate()[0])
 
 
-def print_peak(options, device):
-    step = make_step(options.peak, options, device)
-    for _ in range(6 if device.type == "cuda" else 3):
-        step()
+def contend(options, device):
+    """The contender's side: a line in is a number of steps, a line out their mean time."""
+    step = make_step(options.contender, options, device)
+    for line in sys.stdin:
+        print(seconds_of(step, int(line), device), flush=True)
     if device.type == "cuda":
         print(torch.cuda.max_memory_allocated() / 1e9)
     else:
@@ -237,24 +255,24 @@ def contenders_of(method, options):
 def measure(method, options, device):
     """A row of results for each contender of a method, its operations a tuple, and the machine's
     matrix products per second."""
-    steps = {name: make_step(name, options, device) for name in contenders_of(method, options)}
+    contenders = {name: Contender(name, options) for name in contenders_of(method, options)}
     repeat = {}
-    for name, step in steps.items():
-        seconds_of(step, 4 if device.type == "cuda" else 1, device)  # compiles, captures
-        repeat[name] = max(1, round(options.seconds / seconds_of(step, 1, device)))
-    windows = {name: [] for name in steps}
-    for _ in range(options.windows):
-        for name, step in steps.items():
-            windows[name].append(options.batch_size / seconds_of(step, repeat[name], device))
+    for name, contender in contenders.items():
+        contender.seconds(4 if device.type == "cuda" else 1)  # compiles, captures
+        repeat[name] = max(1, round(options.seconds / contender.seconds(1)))
+    windows, rates = {name: [] for name in contenders}, {"float32": [], "bf16": []}
     n = 8192 if device.type == "cuda" else 2048
-    rates = {
-        "float32": matrix_rate(torch.float32, device, n),
-        "bf16": matrix_rate(torch.bfloat16, device, n),
-    }
-    del steps, step
+    for _ in range(options.windows):
+        for name, contender in contenders.items():
+            windows[name].append(options.batch_size / contender.seconds(repeat[name]))
+        rates["float32"].append(matrix_rate(torch.float32, device, n))
+        rates["bf16"].append(matrix_rate(torch.bfloat16, device, n))
+    rates = {dtype: statistics.median(seen) for dtype, seen in rates.items()}
+    peaks = {name: contender.end() for name, contender in contenders.items()}
+    few = argparse.Namespace(**vars(options) | {"batch_size": 32})  # the cost is linear in it
     with FlopCounterMode(display=False) as counter:
-        make_step(f"{method} float32", options, device)()
-    operations = counter.get_total_flops() / options.batch_size
+        make_step(f"{method} float32", few, device)()
+    operations = counter.get_total_flops() / few.batch_size
 
     rows, peer = {}, f"{PEER}{method} float32"
     for name, rates_seen in windows.items():
@@ -265,7 +283,7 @@ def measure(method, options, device):
             "slowest_window": round(min(rates_seen), 1),
             "fastest_window": round(max(rates_seen), 1),
             "share_of_floor": round(rate / floor, 3),
-            "peak_memory_gb": round(peak_memory(name, options), 2),
+            "peak_memory_gb": round(peaks[name], 2),
         }
     for name, row in rows.items() if peer in rows else ():
         ratios = [a / b for a, b in zip(windows[name], windows[peer], strict=True)]
@@ -291,11 +309,11 @@ def main():
     p.add_argument("--windows", type=int, default=9, help="windows of each contender")
     p.add_argument("--seconds", type=float, default=3.0, help="about the length of a window")
     p.add_argument("--json", metavar="FILE", help="write the result there")
-    p.add_argument("--peak", metavar="CONTENDER", help=argparse.SUPPRESS)
+    p.add_argument("--contender", help=argparse.SUPPRESS)
     options = p.parse_args()
     device = common.parse_device(options.device)
-    if options.peak:
-        return print_peak(options, device)
+    if options.contender:
+        return contend(options, device)
 
     gpu = torch.cuda.get_device_name() if device.type == "cuda" else None
     result = {

@@ -18,7 +18,14 @@ from torch.distributions import Normal, kl_divergence
 
 import evaluate
 import mopoe
-from common import Modality, gaussian_kl, likelihood, product_of_gaussians, subset_masks
+from common import (
+    LeadingDimensions,
+    Modality,
+    gaussian_kl,
+    likelihood,
+    product_of_gaussians,
+    subset_masks,
+)
 from evaluate import importance_sampled
 from mopoe import MoPoE
 
@@ -199,6 +206,21 @@ def test_decode_keeps_leading_dimensions_and_decodes_what_is_named(float64):
     for name, p in model.decode(z).items():
         assert p.batch_shape == (7, 4) and p.event_shape == x[name].shape[1:]
     assert list(model.decode(z, ["b", "d"])) == ["b", "d"]
+
+
+def test_decoding_many_rows_in_parts_changes_nothing(float64, monkeypatch):
+    model, x = five()
+    z = model.prior().sample((7, 6)).requires_grad_()
+
+    def values_and_gradient():
+        values = sum(p.log_prob(x[name]) for name, p in model.decode(z).items())
+        return values, *torch.autograd.grad(values.sum(), [z, *model.decoders.parameters()])
+
+    whole, rows = values_and_gradient(), []
+    model.decoders[0].net.register_forward_hook(lambda net, given, out: rows.append(len(out)))
+    monkeypatch.setattr(LeadingDimensions, "ROWS", 20)
+    torch.testing.assert_close(values_and_gradient(), whole)
+    assert rows == [20, 20, 2]
 
 
 # ------------------------------------------------------------------------ missing modalities

@@ -7,6 +7,7 @@ import csv
 import json
 import os
 import pickle
+import platform
 import re
 import resource
 import shutil
@@ -555,6 +556,20 @@ def test_a_run_folder_that_cannot_be_written_is_named(script, tmp_path, capsys):
 def test_cuda_where_there_is_none(script, tmp_path, capsys):
     assert run(script, tmp_path, "--device", "cuda", expect=2) is None
     one_line(capsys, "--device cuda")
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+def test_memory_is_kept_for_the_next_step():
+    """Blocks of 128 MiB, more than glibc keeps by itself: the kernel maps 32,768 pages only once."""
+    code = """
+import resource, torch, common
+common.keep_memory()
+for _ in range(3):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(2**25)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True)
+    assert int(done.stdout) < 100
 
 
 @every_script
