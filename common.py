@@ -643,7 +643,7 @@ class LeadingDimensions(nn.Module):
     """A network (B, D) -> (B, ...) that takes any leading dimensions; on a CPU by ROWS rows, which
     bounds what a layer holds only while it computes."""
 
-    ROWS = 1024
+    ROWS = 1280  # holds the paper's five samples of a batch of 256 in one part
 
     def __init__(self, net):
         super().__init__()
