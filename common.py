@@ -122,8 +122,8 @@ def product_of_gaussians(mu, logvar, mask=None, prior_expert=False):
 
     mu, logvar: (M, ..., D). mask: (S, M) for S subsets, or (S, M, B) where the subset differs from
     example to example and the experts are (M, B, D); None is the full set. prior_expert adds the
-    universal expert N(0, I). Returns mean and log-variance, (S, ..., D) each, without mask (..., D).
-    Every subset needs at least one expert.
+    universal expert N(0, I). Returns mean and log-variance, (S, ..., D) each, without mask
+    (..., D). Every subset needs at least one expert.
     """
     mu, logvar = bounded(mu, logvar)
     with torch.autocast(mu.device.type, enabled=False):
@@ -181,7 +181,7 @@ def gaussian(mu, logvar):
 
 
 def likelihood(modality, parameters):
-    """p(x_i | z) from a decoder's output (..., *parameter_shape), with event shape modality.shape."""
+    """p(x_i|z) from a decoder's output (..., *parameter_shape), with event shape modality.shape."""
     parameters = parameters.to(torch.promote_types(parameters.dtype, torch.float32))
     if modality.likelihood == "laplace":
         p = Laplace(parameters, modality.scale, validate_args=False)
@@ -398,7 +398,7 @@ def setup(args):
 
 
 def seed_of(*numbers):
-    """One seed made of several numbers: (seed, epoch) for the order, (seed, epoch, rank) for noise."""
+    """One seed made of several: (seed, epoch) for the order, (seed, epoch, rank) for noise."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 
@@ -635,7 +635,7 @@ def encoder(modality, out_dim, hidden=512):
 
 
 def decoder(modality, latent_dim, hidden=512):
-    """The network (..., latent_dim) -> (..., *modality.parameter_shape) of the modality's family."""
+    """The network (..., latent_dim) -> (..., *parameter_shape) of the modality's family."""
     return LeadingDimensions(NETWORKS[modality.network][1](modality, latent_dim, hidden))
 
 
@@ -643,7 +643,7 @@ class LeadingDimensions(nn.Module):
     """A network (B, D) -> (B, ...) that takes any leading dimensions; on a CPU by ROWS rows, which
     bounds what a layer holds only while it computes."""
 
-    ROWS = 1280  # holds the paper's five samples of a batch of 256 in one part
+    ROWS = 1280  # as many as MMVAE decodes of five modalities and a batch of 256
 
     def __init__(self, net):
         super().__init__()

@@ -55,8 +55,8 @@ class Split:
         return digest.hexdigest()
 
     def batch(self, rows):
-        """The tuples `rows` (B,) as (x, observed): x[name] (B, *shape), images in [0, 1]; observed is
-        None, or with streams a (B, M) mask, the modalities in the order of `tensors`."""
+        """The tuples `rows` (B,) as (x, observed): x[name] (B, *shape), images in [0, 1]; observed
+        is None, or with streams a (B, M) mask, the modalities in the order of `tensors`."""
         x = {name: t[self.index[name][rows]] for name, t in self.tensors.items()}
         x = {name: t.float() / 255 if t.dtype == torch.uint8 else t for name, t in x.items()}
         if not self.streams:

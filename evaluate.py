@@ -399,7 +399,7 @@ def main(argv=None):
     p.add_argument(
         "--side-by-side",
         metavar="FILE",
-        help="instead of evaluating, draw what the runs, all of one data set, generate from --given",
+        help="do not evaluate, draw what the runs, all of one data set, generate from --given",
     )
     p.add_argument("--given", metavar="NAME", help="modality (default: the first)")
     options = p.parse_args(argv)

@@ -18,7 +18,7 @@ With w_m^k = p(z_m^k, x) / q(z_m^k|x) and z_m^k ~ q_m, k = 1 … K, `--objective
     dreg          iwae with the published doubly reparametrised gradient, Eq. (8); biased for M > 1,
                   since samples come from q_m while the density in w is the mixture's
     dreg-tight    the same for iwae-tight
-    dreg-mixture  iwae with the unbiased gradient derived in `objective`
+    dreg-mixture  iwae with the unbiased gradient derived in `doubly_reparametrised`
     elbo-is       elbo with component KLs, M decodings in place of M²; its variance is finite only
                   while the experts' scales differ by less than about √2 (supplement, App. B)
 The value is always the bound itself, whatever the gradient; as K grows only iwae-tight rises to
@@ -193,14 +193,14 @@ class MMVAE(nn.Module):
     def doubly_reparametrised(self, pi, loc, scale, z, at, log_w, tight):
         """Zeros (B,) with the gradient of "dreg", "dreg-tight" or "dreg-mixture".
 
-        Eq. (8): the decoders and the prior get Σ w̄ ∇ log w, the encoders Σ w̄² ∂log w/∂z ∂z/∂φ with
-        the parameters of q held fixed in log w. The second w̄ turns the score term -β w̄ ∇_φ log q
-        into a path; for β ≠ 1 it is 1 - β (1 - w̄).
+        Eq. (8): the decoders and the prior get Σ w̄ ∇ log w, the encoders Σ w̄² ∂log w/∂z ∂z/∂φ
+        with the parameters of q held fixed in log w. The second w̄ turns the score term
+        -β w̄ ∇_φ log q into a path; for β ≠ 1 it is 1 - β (1 - w̄).
 
         With several experts that score is of the mixture while z is from its m-th expert. Let
         r_n = π_n q_n / Σ_j π_j q_j: the score is Σ_n r_n ∇ log q_n, of which only the m-th term
         can become a path, of r_m w̄ as a whole; the others stay. That is "dreg-mixture", unbiased:
-        [w̄ - β w̄ (1 - w̄) r_m] ∂log w/∂z - β w̄ ∂r_m/∂z along z, and -β w̄ r_n ∇ log q_n for n ≠ m.
+        [w̄ - β w̄ (1 - w̄) r_m] ∂log w/∂z - β w̄ ∂r_m/∂z along z, -β w̄ r_n ∇ log q_n for n ≠ m.
         """
         if tight:  # normalised over all samples, for iwae over those of each expert
             w = torch.softmax((pi.log() + log_w).detach().flatten(0, 1), 0).view_as(log_w)
@@ -225,8 +225,8 @@ class MMVAE(nn.Module):
     def importance_sampled_elbo(self, x, loc, scale, seen, pi):
         """The ELBO with component KLs from one decoding of each modality (supplement, App. B).
 
-        E_{q_i}[log p(x_j|z)] is taken at z_j ~ q_j with the weight q_i(z_j) / q_j(z_j), in which z_j
-        and q_j are constants; only the term i = j has a gradient along z_j.
+        E_{q_i}[log p(x_j|z)] is taken at z_j ~ q_j with the weight q_i(z_j) / q_j(z_j), in which
+        z_j and q_j are constants; only the term i = j has a gradient along z_j.
         """
         z = self.independent(loc, scale).rsample((self.K,))
         log_q = self.log_experts(loc, scale, z.detach())  # (N, K, M, B)

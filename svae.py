@@ -11,8 +11,8 @@ have M² encoders: e_k^f(z|x_f) is expert k as computed from modality f. With tw
     python svae.py --dataset polymnist --beta 2.5      the setting of the other four on PolyMNIST
     torchrun --nproc-per-node 8 svae.py ...            several GPUs
 
-Expected on polydigits: coherence of the modalities not given, given 1, 2, 3, 4: 81, 83, 85, 87 %; joint
-coherence 6 %; latent accuracy given all 97 %.
+Expected on polydigits: coherence of the modalities not given, given 1, 2, 3, 4: 81, 83, 85, 87 %;
+joint coherence 6 %; latent accuracy given all 97 %.
 
 A step takes a batch of complete tuples (of which `--supervision` leaves a share) and a batch of
 each modality alone. With two modalities `--objective` is one of
@@ -133,8 +133,8 @@ class SVAE(nn.Module):
         return bounded(*torch.stack(heads).chunk(2, -1))
 
     def posteriors(self, x):
-        """{S: (mean, log-variance)}, (F, B, D) each, of the F forms of q(z|x_S) for every subset S of
-        the modalities in x, which are all or one."""
+        """{S: (mean, log-variance)}, (F, B, D) each, of the F forms of q(z|x_S) for every subset S
+        of the modalities in x, which are all or one."""
         if len(x) < len(self.modalities):
             (name,) = x
             mu, logvar = product_of_gaussians(*self.experts(x, self.forms[name,][0]))
@@ -188,12 +188,12 @@ class SVAE(nn.Module):
         return value, total_kl, log_px
 
     def objective(self, x, observed=None, streams=False):
-        """The objective of the docstring above, per example (B,), over what is observed of it; where
-        only one modality is, its ELBO. Terms: the KLs' sum and each log p(x_i|z) given all that is
-        observed, in nats. Every example needs one observed modality.
+        """The objective of the docstring above, per example (B,), over what is observed of it;
+        where only one modality is, its ELBO. Terms: the KLs' sum and each log p(x_i|z) given all
+        that is observed, in nats. Every example needs one observed modality.
 
-        With streams the rows are known to be as many complete tuples as rows of each modality alone,
-        the order of `datasets.epoch_order`, and nothing is computed for what is masked.
+        With streams the rows are known to be as many complete tuples as rows of each modality
+        alone, the order of `datasets.epoch_order`, and nothing is computed for what is masked.
         """
         if not streams:
             parts = [(hide(x, observed, self.modalities), observed)]

@@ -3,14 +3,14 @@
 Semi-Supervised Learning: In Defense of Product-of-Experts", 2021, state and measure it.
 
 Every subset of the modalities has a posterior of its own, variant (b): for two or more modalities a
-joint network with its own encoders. `--joint poe` is variant (a), the product of the experts q(z|x_i).
+joint network with its own encoders. `--joint poe` is variant (a), the product of the q(z|x_i).
 
     python vaevae.py                                   polydigits, some six minutes on a laptop
     python vaevae.py --dataset polymnist --beta 2.5    the setting of the other four on PolyMNIST
     torchrun --nproc-per-node 8 vaevae.py ...          several GPUs
 
-Expected on polydigits, there with `--joint poe`: coherence of the modalities not given, given 1, 2, 3, 4:
-56, 74, 83, 88 %; joint coherence 3 %; latent accuracy given all 98 %.
+Expected on polydigits, there with `--joint poe`: coherence of the modalities not given, given 1, 2,
+3, 4: 56, 74, 83, 88 %; joint coherence 3 %; latent accuracy given all 98 %.
 
 A step takes a batch of complete tuples (of which `--supervision` leaves a share) and a batch of
 each modality alone. With two modalities `--objective` is one of
@@ -19,8 +19,8 @@ each modality alone. With two modalities `--objective` is one of
     svae      Eq. (7) - (10): a complete tuple has the ELBOs of its modalities too ("VAEVAE*")
 
 With more modalities, Eq. (D.28) - (D.31), every subset S of a complete tuple with |S| >= 2 adds
-E_q(z|x_S)[Σ_{i in S} log p(x_i|z)] - Σ_{i in S} KL(q(z|x_S) || q(z|x_S without x_i)), and all but the
-whole also - KL(q(z|x_S) || p(z)). That reads (D.29) without its KL to the absent modality's
+E_q(z|x_S)[Σ_{i in S} log p(x_i|z)] - Σ_{i in S} KL(q(z|x_S) || q(z|x_S without x_i)), and all but
+the whole also - KL(q(z|x_S) || p(z)). That reads (D.29) without its KL to the absent modality's
 posterior, and (D.31) as a sum over unordered pairs.
 """
 
@@ -47,8 +47,8 @@ from common import (
 )
 
 DEFAULTS = {
-    # Each of the many posteriors is held to those of the smaller sets and to the prior. With the 26
-    # joint networks log p(m0|z) was -498 after three such epochs, with products it is -451 at the end.
+    # Each of the many posteriors is held to those of the smaller sets and to the prior. With the
+    # 26 joint networks log p(m0|z) was -498 after three such epochs, with products -451 at the end.
     "polydigits": dict(epochs=10, batch_size=16, lr=1e-3, latent_dim=32, beta=0.5, joint="poe"),
     # No paper has it; the setting of the other methods.
     "polymnist": dict(epochs=300, batch_size=256, lr=1e-3, latent_dim=512, beta=2.5),
@@ -174,12 +174,12 @@ class VAEVAE(nn.Module):
         return value, total_kl, log_px
 
     def objective(self, x, observed=None, streams=False):
-        """The objective of the docstring above, per example (B,), over what is observed of it; where
-        only one modality is, its ELBO. Terms: the KLs' sum and each log p(x_i|z) given all that is
-        observed, in nats. Every example needs one observed modality.
+        """The objective of the docstring above, per example (B,), over what is observed of it;
+        where only one modality is, its ELBO. Terms: the KLs' sum and each log p(x_i|z) given all
+        that is observed, in nats. Every example needs one observed modality.
 
-        With streams the rows are known to be as many complete tuples as rows of each modality alone,
-        the order of `datasets.epoch_order`, and nothing is computed for what is masked.
+        With streams the rows are known to be as many complete tuples as rows of each modality
+        alone, the order of `datasets.epoch_order`, and nothing is computed for what is masked.
         """
         if not streams:
             parts = [(hide(x, observed, self.modalities), observed)]

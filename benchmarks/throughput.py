@@ -9,7 +9,8 @@ them, in uint8 here, in float32 at the peer's. Operations are counted by PyTorch
 floor is what they would take at the rate of this machine's matrix product, measured between the
 windows. The peer is the package `multivae`, where it is installed: its model of the same method and
 its data set in a bare loop like ours, which is kinder to it than its own trainer; it has no SVAE
-and no VAEVAE. A tuple of svae.py and vaevae.py is a complete one and each modality of another alone.
+and no VAEVAE. A tuple of svae.py and vaevae.py is a complete one and each modality of another
+alone.
 """
 
 import argparse

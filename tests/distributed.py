@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node 2 distributed.py FOLDER SCRIPT...
 
-Rank 0 writes to FOLDER/SCRIPT.pt the objective and the gradients that the processes find together, and those of
-one process with the joint batch and the same noise.
+Rank 0 writes to FOLDER/SCRIPT.pt the objective and the gradients that the processes find together,
+and those of one process with the joint batch and the same noise.
 """
 
 import importlib

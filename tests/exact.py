@@ -1,8 +1,9 @@
 """A multimodal model whose likelihood and posteriors are known exactly.
 
 p(z) = N(0, I), p(x_i|z) = N(W_i z + b_i, s² I). The columns of W_i are orthogonal, so W_iᵀW_i is
-diagonal and so is the posterior: given X its precision is I + Σ_i W_iᵀW_i / s². Experts of precision
-T_i = W_iᵀW_i / s² + I / M multiply to that posterior; a smaller subset's product is wider than it.
+diagonal and so is the posterior: given X its precision is I + Σ_i W_iᵀW_i / s². Experts of
+precision T_i = W_iᵀW_i / s² + I / M multiply to that posterior; a smaller subset's product is wider
+than it.
 """
 
 import itertools

@@ -1,4 +1,4 @@
-"""torchrun with two processes on a CPU: the objective and gradients of one, one folder, and an end."""
+"""Two processes of torchrun on a CPU: the objective and gradients of one, one folder, an end."""
 
 import os
 import signal

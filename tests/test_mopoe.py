@@ -106,8 +106,8 @@ def test_mixture_kl_is_tighter_and_component_kl_is_eq_5(float64, fixed_noise):
 
 @pytest.mark.parametrize("subset", [["x0"], ["x1", "x2"], ["x0", "x1", "x2"]])
 def test_importance_sampling_converges_as_theory_says(float64, subset):
-    """log p̂ with K samples errs by sd(w) / √K, w the weights over their mean: four times the samples
-    halve the error, whose size the weights themselves foretell."""
+    """log p̂ with K samples errs by sd(w) / √K, w the weights over their mean: four times the
+    samples halve the error, whose size the weights themselves foretell."""
     model = exact_mopoe()
     x = repeat(sample_x(model, 1), 2000)
     q = model.posterior({name: x[name] for name in subset})
@@ -349,7 +349,7 @@ def test_stratified_draws_available_components_only():
 
 
 def test_released_assignment_by_position_gives_the_full_set_too_much():
-    """Fault 2: B // S examples for each subset in turn, the remainder for the last, the full set."""
+    """Fault 2: B // S examples for each subset in turn, the rest for the last, the full set."""
 
     def released(S, B):
         k = torch.arange(S).repeat_interleave(B // S)

@@ -560,7 +560,7 @@ def test_cuda_where_there_is_none(script, tmp_path, capsys):
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
 def test_memory_is_kept_for_the_next_step():
-    """Blocks of 128 MiB, more than glibc keeps by itself: the kernel maps 32,768 pages only once."""
+    """Blocks of 128 MiB, more than glibc keeps by itself: their 32,768 pages are mapped once."""
     code = """
 import resource, torch, common
 common.keep_memory()

@@ -1,4 +1,4 @@
-"""svae.py and vaevae.py against the papers' expressions written out by hand and exact posteriors."""
+"""svae.py and vaevae.py against the papers' expressions by hand and against exact posteriors."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""A data set that trains in milliseconds, and `python tiny.py SCRIPT OPTION...` to run a script on it.
+"""A data set that trains in milliseconds; `python tiny.py SCRIPT OPTION...` runs a script on it.
 
 Two modalities say a class of three: four numbers, and the class itself.
 """
