@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import csv
 import ctypes
+import dataclasses
 import functools
 import inspect
 import io
@@ -25,7 +26,6 @@ import subprocess
 import sys
 import time
 import zipfile
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +48,7 @@ class UserError(ValueError):
 LIKELIHOODS = ("laplace", "normal", "bernoulli", "categorical")
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Modality:
     """One kind of data: what it looks like, how it is scored, which networks read and write it.
 
@@ -56,7 +56,8 @@ class Modality:
     integers below `categories` (a class label has shape (), a text of 8 symbols shape (8,)).
     scale is the fixed scale of a Laplace or Normal likelihood, weight the factor λ of the
     log-likelihood in every objective (never in a reported log-likelihood), network a key of
-    NETWORKS at the end of this file.
+    NETWORKS at the end of this file. alphabet has the symbols or words of a text, for pictures;
+    padding is the one among them whose places count for nothing.
     """
 
     name: str
@@ -66,6 +67,8 @@ class Modality:
     weight: float = 1.0
     network: str = "conv"
     categories: int = 0
+    alphabet: str | tuple[str, ...] = ""
+    padding: int | None = None
 
     def __post_init__(self):
         def require(holds, field, allowed):
@@ -189,9 +192,22 @@ def likelihood(modality, parameters):
         p = Normal(parameters, modality.scale, validate_args=False)
     elif modality.likelihood == "bernoulli":
         p = Bernoulli(logits=parameters, validate_args=False)
-    else:
+    elif modality.padding is None:
         p = Categorical(logits=parameters, validate_args=False)
+    else:
+        p = Padded(parameters, modality.padding)
     return Independent(p, len(modality.shape), validate_args=False)
+
+
+class Padded(Categorical):
+    """A Categorical of symbols to which the places of padding in what is scored say nothing."""
+
+    def __init__(self, logits, padding):
+        super().__init__(logits=logits, validate_args=False)
+        self.padding = padding
+
+    def log_prob(self, value):
+        return torch.where(value == self.padding, 0, super().log_prob(value))
 
 
 def generated(p):
@@ -266,7 +282,16 @@ def parser(description, defaults):
     )
     p.error = fail
     add = p.add_argument_group("data").add_argument
-    add("--dataset", choices=list(defaults), default=next(iter(defaults)), help="data set")
+
+    def dataset(text):
+        if text in defaults or text.endswith(".npz"):
+            return text
+        names = ", ".join(defaults)
+        raise argparse.ArgumentTypeError(f"{text!r} is not one of {names}, or a FILE.npz")
+
+    kinds = "one of " + ", ".join(defaults) + ", or own data as FILE.npz"
+    first = next(iter(defaults))
+    add("--dataset", type=dataset, metavar="NAME", default=first, help=kinds)
     add(
         "--data-dir",
         metavar="DIR",
@@ -284,6 +309,10 @@ def parser(description, defaults):
     )
     kinds = "share of complete tuples; below 1 a step also takes a batch of each modality alone"
     add("--supervision", type=number(float, 0, 1), default=1.0, help=kinds)
+    kinds = "chance of each modality of a training example to be there; one always is"
+    add("--keep", type=number(float, 0, 1), default=1.0, help=kinds)
+    kinds = "mnist-svhn, mnist-svhn-text: how often an image is paired"
+    add("--pairings", type=number(int, 1, 1000), default=20, help=kinds)
     add("--download", action="store_true", help="polymnist: fetch the authors' images from Zenodo")
 
     model = p.add_argument_group("model")
@@ -417,7 +446,7 @@ def open_run(args, script, source, start=0):
         replace(run / "metrics.csv", "".join(rows[: start + 1]).encode())
     else:
         stamp = time.strftime("%Y%m%d-%H%M%S")
-        name = stem = f"{args.dataset}__{Path(script).stem}__{args.seed}__{stamp}"
+        name = stem = f"{Path(args.dataset).stem}__{Path(script).stem}__{args.seed}__{stamp}"
         for attempt in itertools.count(2):
             run = Path(args.runs_dir) / name
             try:
@@ -473,7 +502,7 @@ def save_checkpoint(run, model, optimizer, epoch, config):
         "script": Path(inspect.getfile(type(model))).stem,
         "class": type(model).__name__,
         "kwargs": config,
-        "modalities": [asdict(m) for m in model.modalities],
+        "modalities": [dataclasses.asdict(m) for m in model.modalities],
         "epoch": epoch,
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
@@ -671,64 +700,277 @@ class OneHot(nn.Module):
         return x.flatten(1)
 
 
-def linear_encoder(modality, out_dim, hidden):
-    """One affine layer, for exact tests and plain vectors."""
-    return nn.Sequential(OneHot(modality), nn.Linear(math.prod(modality.parameter_shape), out_dim))
+class Symbols(nn.Module):
+    """Integers (B, L) as channels (B, categories, L) or, backwards, such channels as logits
+    (B, L, categories)."""
+
+    def __init__(self, categories, backwards=False):
+        super().__init__()
+        self.categories, self.backwards = categories, backwards
+
+    def forward(self, x):
+        if self.backwards:
+            return x.movedim(1, -1)
+        return F.one_hot(x, self.categories).movedim(-1, 1).to(torch.get_default_dtype())
 
 
-def linear_decoder(modality, latent_dim, hidden):
-    shape = modality.parameter_shape
-    return nn.Sequential(nn.Linear(latent_dim, math.prod(shape)), nn.Unflatten(1, shape))
+class Residual(nn.Module):
+    """2 f(x) + 0.3 g(x), g of two convolutions, each after a norm and a ReLU (the released code of
+    Sutter et al. 2021)."""
+
+    def __init__(self, conv, norm, inner, outer, *geometry, **padding):
+        super().__init__()
+        self.f = nn.Sequential(conv(inner, outer, *geometry, **padding), norm(outer))
+        before = norm(inner), nn.ReLU(), conv(inner, inner, 1), norm(inner), nn.ReLU()
+        self.g = nn.Sequential(*before, conv(inner, outer, *geometry, **padding))
+
+    def forward(self, x):
+        return 2 * self.f(x) + 0.3 * self.g(x)
 
 
-def conv_sizes(modality):
-    """Heights and widths along three halvings, (3, 28, 28) giving 28, 14, 7, 4 twice."""
-    if len(modality.shape) != 3 or modality.likelihood == "categorical":
-        raise UserError(
-            f"modality {modality.name!r}: network 'conv' needs shape (channels, height, width) "
-            f"and no categories, not {modality.shape} and {modality.likelihood}"
-        )
-    return [[math.ceil(n / 2**k) for k in range(4)] for n in modality.shape[1:]]
+def group_norm(channels):
+    """In place of the papers' BatchNorm, which would mix the examples of a batch."""
+    return nn.GroupNorm(8, channels)
 
 
-def conv_encoder(modality, out_dim, hidden):
-    """The PolyMNIST encoder of Sutter et al.'s released code, for images of any size."""
-    heights, widths = conv_sizes(modality)
+def hidden_layers(widths, activation):
+    pairs = itertools.pairwise(widths)
+    return [layer for n, m in pairs for layer in (nn.Linear(n, m), activation())]
+
+
+def perceptron(there=(), back=(), activation=nn.ReLU, last=None):
+    """A family of fully connected networks, with these widths of the encoder's and the decoder's
+    hidden layers; without any it is one affine layer each way. `last` ends the decoder."""
+
+    def encoder(modality, out_dim, hidden):
+        widths = [math.prod(modality.parameter_shape), *there]
+        net = OneHot(modality), *hidden_layers(widths, activation)
+        return nn.Sequential(*net, nn.Linear(widths[-1], out_dim))
+
+    def decoder(modality, latent_dim, hidden):
+        widths, shape = [latent_dim, *back], modality.parameter_shape
+        net = *hidden_layers(widths, activation), nn.Linear(widths[-1], math.prod(shape))
+        return nn.Sequential(*net, *([last()] if last else []), nn.Unflatten(1, shape))
+
+    return encoder, decoder
+
+
+def convolutions(
+    *layers,
+    dense=True,
+    back=False,
+    activation=nn.ReLU,
+    norm=None,
+    norm_first=False,
+    residual=False,
+    bias=True,
+    last=None,
+):
+    """A family of convolutions (channels, kernel, stride, padding) over images or symbols.
+
+    The decoder has the same layers transposed, in reverse. `dense` puts a fully connected layer
+    behind the encoder's, `back` one before the decoder's; `norm` comes after every layer but those
+    next to the data, with `norm_first` after the encoder's first as well; with `residual` all but these are residual blocks. `last` ends the decoder.
+    """
+
+    def along(size, geometry):
+        """(n, kernel, stride, padding) for each dimension n of a size."""
+        geometry = [g if isinstance(g, tuple) else (g,) * len(size) for g in geometry]
+        return zip(size, *geometry, strict=True)
+
+    def shapes(modality):
+        """(channels, *size) of the data and of each layer's output."""
+        symbols = modality.likelihood == "categorical"
+        found = [(modality.categories, *modality.shape) if symbols else modality.shape]
+        for width, *geometry in layers:
+            size = [
+                (n + 2 * padding - kernel) // stride + 1
+                for n, kernel, stride, padding in along(found[-1][1:], geometry)
+            ]
+            found.append((width, *size))
+        if len(found[0]) not in (2, 3) or min(found[-1]) < 1:
+            raise UserError(
+                f"modality {modality.name!r}: network {modality.network!r} needs larger images "
+                f"(channels, height, width) or texts, not {modality.likelihood} {modality.shape}"
+            )
+        return found
+
+    def encoder(modality, out_dim, hidden):
+        found, net = shapes(modality), []
+        if modality.likelihood == "categorical":
+            net = [Symbols(modality.categories)]
+        conv = nn.Conv1d if len(found[0]) == 2 else nn.Conv2d
+        for i, (before, after, (_, *geometry)) in enumerate(zip(found, found[1:], layers)):
+            if residual and i:
+                net += [Residual(conv, norm, before[0], after[0], *geometry)]
+                continue
+            net += [conv(before[0], after[0], *geometry, bias=bias)]
+            net += [norm(after[0])] if norm and (i or norm_first) else []
+            net += [] if residual else [activation()]
+        widths = [math.prod(found[-1])] + [hidden] * dense
+        net += [nn.Flatten(), *hidden_layers(widths, activation), nn.Linear(widths[-1], out_dim)]
+        return nn.Sequential(*net)
+
+    def decoder(modality, latent_dim, hidden):
+        found = shapes(modality)
+        net = hidden_layers([latent_dim] + [hidden] * back, activation)
+        net += [nn.Linear(hidden if back else latent_dim, math.prod(found[-1]))]
+        net += [] if residual else [activation()]
+        net += [nn.Unflatten(1, found[-1])]
+        conv = nn.ConvTranspose1d if len(found[0]) == 2 else nn.ConvTranspose2d
+        for i, (_, *geometry) in reversed(list(enumerate(layers))):
+            after, before = found[i], found[i + 1]
+            # What a stride skips over, without which the way back would end smaller.
+            least = [
+                (n - 1) * stride - 2 * padding + kernel
+                for n, kernel, stride, padding in along(before[1:], geometry)
+            ]
+            skipped = tuple(n - m for n, m in zip(after[1:], least, strict=True))
+            if residual and i:
+                block = Residual(conv, norm, before[0], after[0], *geometry, output_padding=skipped)
+                net += [block]
+                continue
+            net += [conv(before[0], after[0], *geometry, output_padding=skipped, bias=bias)]
+            net += [norm(after[0])] if norm and i else []
+            net += [activation()] if i else []
+        if modality.likelihood == "categorical":
+            net += [Symbols(modality.categories, backwards=True)]
+        return nn.Sequential(*net, *([last()] if last else []))
+
+    return encoder, decoder
+
+
+def split_decoder(modality, latent_dim, hidden):
+    """Of an image's half or third (Kutuzova et al. 2021, whose Tables F.2 and F.7 misprint it; the
+    last kernel is 3 high for 9 rows, which 2 would leave at 8)."""
+    halves = modality.shape[1] == 14
+    rows, last = (3, 2) if halves else (2, 3)
     return nn.Sequential(
-        nn.Conv2d(modality.shape[0], 32, 3, stride=2, padding=1),
+        *hidden_layers([latent_dim, hidden, 112], nn.ReLU),
+        nn.Unflatten(1, (112, 1, 1)),
+        nn.ConvTranspose2d(112, 56, (rows, 5), stride=2),
         nn.ReLU(),
-        nn.Conv2d(32, 64, 3, stride=2, padding=1),
+        nn.ConvTranspose2d(56, 28, (rows, 5), stride=2),
         nn.ReLU(),
-        nn.Conv2d(64, 128, 3, stride=2, padding=1),
-        nn.ReLU(),
-        nn.Flatten(),
-        nn.Linear(128 * heights[3] * widths[3], hidden),
-        nn.ReLU(),
-        nn.Linear(hidden, out_dim),
+        nn.ConvTranspose2d(28, 1, (last, 4), stride=2),
     )
 
 
-def conv_decoder(modality, latent_dim, hidden):
-    """The PolyMNIST decoder of Sutter et al.'s released code, for images of any size."""
-    sizes = list(zip(*conv_sizes(modality), strict=True))
-    # A transposed convolution doubles a size less one; the padding makes an even size whole.
-    padding = [tuple(1 - n % 2 for n in size) for size in sizes]
-    return nn.Sequential(
-        nn.Linear(latent_dim, 128 * math.prod(sizes[3])),
-        nn.ReLU(),
-        nn.Unflatten(1, (128, *sizes[3])),
-        nn.ConvTranspose2d(128, 64, 3, stride=2, padding=1, output_padding=padding[2]),
-        nn.ReLU(),
-        nn.ConvTranspose2d(64, 32, 3, stride=2, padding=1, output_padding=padding[1]),
-        nn.ReLU(),
-        nn.ConvTranspose2d(
-            32, modality.shape[0], 3, stride=2, padding=1, output_padding=padding[0]
-        ),
-    )
+def sentences(width, *layers, **options):
+    """A family of convolutions over the plane of places and of words, as vectors of this width."""
+    there, back = convolutions(*layers, **options)
+
+    def plane(modality):
+        shape = (1, *modality.shape, width)
+        return dataclasses.replace(modality, shape=shape, likelihood="normal")
+
+    def encoder(modality, out_dim, hidden):
+        words = nn.Embedding(modality.categories, width)
+        one = nn.Unflatten(1, (1, *modality.shape))
+        return nn.Sequential(words, one, there(plane(modality), out_dim, hidden))
+
+    def decoder(modality, latent_dim, hidden):
+        net = back(plane(modality), latent_dim, hidden), nn.ReLU(), nn.Flatten(1, 2)
+        return nn.Sequential(*net, nn.Linear(width, modality.categories))
+
+    return encoder, decoder
 
 
+class GRUEncoder(nn.Module):
+    """A string (B, L) by a bidirectional GRU of 200 units (Wu & Goodman 2018, supplement)."""
+
+    def __init__(self, modality, out_dim, hidden):
+        super().__init__()
+        self.embedding = nn.Embedding(modality.categories, 200)
+        self.gru = nn.GRU(200, 200, batch_first=True, bidirectional=True)
+        self.out = nn.Linear(200, out_dim)
+
+    def forward(self, x):
+        _, last = self.gru(self.embedding(x))  # (2, B, 200)
+        return self.out(last.sum(0))
+
+
+class GRUDecoder(nn.Module):
+    """Logits (B, L, categories) of a string by a GRU of two layers, which is given z and its own
+    most likely symbol before, so that they depend on z alone."""
+
+    def __init__(self, modality, latent_dim, hidden):
+        super().__init__()
+        self.length, self.start = modality.shape[0], modality.categories
+        self.embedding = nn.Embedding(modality.categories + 1, 200)
+        self.first = nn.Linear(latent_dim, 2 * 200)
+        self.gru = nn.GRU(200 + latent_dim, 200, num_layers=2, batch_first=True)
+        self.out = nn.Linear(200 + latent_dim, modality.categories)
+
+    def forward(self, z):
+        state = self.first(z).unflatten(-1, (2, 200)).movedim(1, 0).contiguous()
+        symbol, logits = torch.full_like(z[:, 0], self.start, dtype=torch.long), []
+        for _ in range(self.length):
+            given = torch.cat([self.embedding(symbol), z], -1)
+            seen, state = self.gru(given[:, None], state)
+            logits.append(self.out(torch.cat([seen[:, 0], z], -1)))
+            symbol = logits[-1].argmax(-1)
+        return torch.stack(logits, 1)
+
+
+conv4 = functools.partial(convolutions, activation=nn.SiLU, norm=group_norm)
 # A family is a pair (encoder, decoder); own networks are one more entry.
 NETWORKS = {
-    "linear": (linear_encoder, linear_decoder),
-    "conv": (conv_encoder, conv_decoder),
+    "linear": perceptron(),
+    # PolyMNIST and MNIST-SVHN-Text of Sutter et al. 2021, from the released code
+    "conv": convolutions((32, 3, 2, 1), (64, 3, 2, 1), (128, 3, 2, 1)),
+    "mnist": perceptron((400,), (400,)),
+    "svhn": convolutions((32, 4, 2, 1), (64, 4, 2, 1), (64, 4, 2, 1), (128, 4, 2, 0), dense=False),
+    "text": convolutions((128, 1, 1, 0), (128, 4, 2, 1), (128, 4, 2, 0), dense=False),
+    # Shi et al. 2019, Table 6; (d) with vectors of 128 in place of 256, which would end in 4×8
+    "mnist-sigmoid": perceptron((400,), (400,), last=nn.Sigmoid),
+    "svhn-sigmoid": convolutions(
+        (32, 4, 2, 1), (64, 4, 2, 1), (128, 4, 2, 1), dense=False, last=nn.Sigmoid
+    ),
+    "cub-features": perceptron((1024, 512, 256), (256, 512, 1024), nn.ELU),
+    "cub-caption": sentences(
+        128,
+        (32, 4, 2, 1),
+        (64, 4, 2, 1),
+        (128, 4, 2, 1),
+        (256, (1, 4), (1, 2), (0, 1)),
+        (512, (1, 4), (1, 2), (0, 1)),
+        dense=False,
+        norm=group_norm,
+        norm_first=True,
+    ),
+    # Kutuzova et al. 2021, Tables F.2 and F.7
+    "split": (
+        convolutions((64, 4, 2, 1), (128, 4, 2, 1), (256, 4, 2, 1), bias=False)[0],
+        split_decoder,
+    ),
+    # Wu & Goodman 2018, supplement, in the widths of the released code
+    "mlp": perceptron((512, 512), (512, 512, 512), nn.SiLU),
+    "dcgan-28": conv4((64, 4, 2, 1), (128, 4, 2, 1), back=True),
+    "dcgan-50": conv4((32, 4, 2, 1), (64, 4, 2, 1), (128, 4, 2, 1), (256, 4, 2, 0)),
+    "dcgan-64": conv4((32, 4, 2, 1), (64, 4, 2, 1), (128, 4, 2, 1), (256, 4, 1, 0)),
+    "gru": (GRUEncoder, GRUDecoder),
+    # CelebA of Sutter et al. 2021, App. E, in the widths of the released code
+    "residual-image": convolutions(
+        (128, 3, 2, 1),
+        (256, 4, 2, 1),
+        (384, 4, 2, 1),
+        (512, 4, 2, 1),
+        (640, 4, 2, 0),
+        dense=False,
+        residual=True,
+        norm=group_norm,
+    ),
+    "residual-text": convolutions(
+        (128, 4, 2, 1),
+        (256, 4, 2, 1),
+        (384, 4, 2, 1),
+        (512, 4, 2, 1),
+        (640, 4, 2, 1),
+        (640, 4, 2, 1),
+        (640, 4, 2, 0),
+        dense=False,
+        residual=True,
+        norm=group_norm,
+    ),
 }

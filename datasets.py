@@ -5,22 +5,29 @@ A split stays as it was read (uint8 images, integer tokens, float features); a b
 into it, converted to float on the device. Own data are one more entry in LOADERS.
 """
 
+import collections
 import dataclasses
 import hashlib
 import io
+import itertools
 import json
 import math
+import re
+import string
 import struct
 import urllib.error
 import urllib.request
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import scipy.io
 import torch
 import torchvision
 from PIL import Image, UnidentifiedImageError
+from scipy.io.matlab import MatReadError
 from sklearn.datasets import load_digits, load_sample_images
 from sklearn.model_selection import train_test_split
 
@@ -30,12 +37,14 @@ from common import Modality, UserError, replace
 @dataclass(frozen=True)
 class Split:
     """Tuples of all modalities: tensors[name] (n, *shape), labels (N,), and for each modality the
-    row of tensors[name] that belongs to each tuple, index[name] (N,). Where there are streams (see
-    `with_streams`), a batch is an equal number of rows of each."""
+    row of tensors[name] that belongs to each tuple, index[name] (N,). observed (N, M) is False where
+    a modality is missing, None where none is. Where there are streams (see `with_streams`), a batch
+    is an equal number of rows of each."""
 
     tensors: dict[str, torch.Tensor]
     labels: torch.Tensor
     index: dict[str, torch.Tensor]
+    observed: torch.Tensor | None = None
     streams: tuple[torch.Tensor, ...] = ()
 
     def __len__(self):
@@ -44,7 +53,8 @@ class Split:
     def to(self, device):
         tensors = {name: t.to(device) for name, t in self.tensors.items()}
         index = {name: t.to(device) for name, t in self.index.items()}
-        return Split(tensors, self.labels.to(device), index, self.streams)
+        observed = None if self.observed is None else self.observed.to(device)
+        return Split(tensors, self.labels.to(device), index, observed, self.streams)
 
     def fingerprint(self, name):
         """A hash of one modality's data and the labels, for what is cached of them."""
@@ -56,11 +66,11 @@ class Split:
 
     def batch(self, rows):
         """The tuples `rows` (B,) as (x, observed): x[name] (B, *shape), images in [0, 1]; observed
-        is None, or with streams a (B, M) mask, the modalities in the order of `tensors`."""
+        is None where nothing is missing, else a (B, M) mask in the order of `tensors`."""
         x = {name: t[self.index[name][rows]] for name, t in self.tensors.items()}
         x = {name: t.float() / 255 if t.dtype == torch.uint8 else t for name, t in x.items()}
         if not self.streams:
-            return x, None
+            return x, None if self.observed is None else self.observed[rows]
         one = torch.eye(len(x), dtype=torch.bool, device=rows.device)
         observed = torch.cat([torch.ones_like(one[:1]), one])  # of each stream
         return x, observed.repeat_interleave(len(rows) // len(observed), 0)
@@ -76,15 +86,20 @@ class Data:
 
 def from_tensors(train, test, modalities, source="tensors"):
     """Data from two pairs (tensors, labels): a dict of tensors (N, *shape), one row a tuple, and
-    integer labels (N,) from 0 on. Raises UserError where they do not fit the modalities."""
+    integer labels (N,) from 0 on. With a third, the index {name: (N,)}, tensors hold each example
+    once and the index says which belongs to a tuple. Raises UserError where they do not fit the
+    modalities."""
     splits = []
-    for part, (tensors, labels) in (("train", train), ("test", test)):
+    for part, (tensors, labels, *index) in (("train", train), ("test", test)):
         labels = torch.as_tensor(labels).long()
+        rows = dict.fromkeys((m.name for m in modalities), torch.arange(len(labels)))
+        rows |= {name: torch.as_tensor(i) for given in index for name, i in given.items()}
         if tensors.keys() != {m.name for m in modalities}:
             raise UserError(f"{source}: {part} has {sorted(tensors)}, not the modalities' names")
         tensors = {m.name: torch.as_tensor(tensors[m.name]).contiguous() for m in modalities}
         for m in modalities:
-            t, expected = tensors[m.name], (len(labels), *m.shape)
+            t = tensors[m.name]
+            expected = (len(t) if index else len(labels), *m.shape)
             if tuple(t.shape) != expected:
                 raise UserError(
                     f"{source}: {part}/{m.name} is {tuple(t.shape)}, must be {expected}"
@@ -95,27 +110,49 @@ def from_tensors(train, test, modalities, source="tensors"):
                     raise UserError(f"{source}: {part}/{m.name} must lie in 0 … {m.categories - 1}")
             elif t.dtype != torch.uint8:
                 tensors[m.name] = t.float()
-        index = dict.fromkeys(tensors, torch.arange(len(labels)))
-        splits.append(Split(tensors, labels, index))
+        splits.append(Split(tensors, labels, rows))
     return Data(*splits, list(modalities), source)
 
 
 def load(args):
-    """The Data that the options dataset, data_dir, cache_dir, data_seed, backgrounds and download
-    name. Raises UserError in one line where something is missing or damaged."""
-    return LOADERS[args.dataset](args)
+    """The Data that the options of the group "data" name. Raises UserError in one line where
+    something is missing or damaged."""
+    loader = tensor_file if args.dataset.endswith(".npz") else LOADERS[args.dataset]
+    data = loader(args)
+    if args.keep < 1:
+        kept = with_gaps(data.train, args.keep, args.data_seed)
+        data = dataclasses.replace(data, train=kept)
+    return data
+
+
+def with_gaps(split, keep, seed):
+    """The split with each modality of each example kept with the probability `keep`, decided by the
+    seed, and at least one (Wu & Goodman 2018, supplement, Section 6)."""
+    generator = torch.Generator().manual_seed(seed)
+    chance = torch.rand(len(split), len(split.tensors), generator=generator)
+    # The least of the draws falls below `keep` before any other does.
+    least = chance == chance.min(1, keepdim=True).values
+    return dataclasses.replace(split, observed=(chance < keep) | least)
 
 
 def with_streams(split, supervision, seed):
     """The split as the streams of weak supervision (Kutuzova et al. 2021, Algorithm 1): one of
     complete tuples, a share `supervision` of all, chosen by the seed, and for each modality one of
     all its examples, of which the other modalities count as missing."""
+    observed = torch.ones(len(split), len(split.tensors), dtype=torch.bool)
+    if split.observed is not None:
+        observed = split.observed.cpu()
     chosen = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))
     complete = chosen[: round(supervision * len(split))]
-    if not len(complete):
-        raise UserError(f"--supervision {supervision}: leaves none of {len(split)} tuples complete")
-    single = [torch.arange(len(split))] * len(split.tensors)
-    return dataclasses.replace(split, streams=(complete, *single))
+    complete = complete[observed[complete].all(1)]
+    streams = complete, *(seen.nonzero()[:, 0] for seen in observed.T)
+    if not all(map(len, streams)):
+        keep = "" if split.observed is None else " and --keep"
+        raise UserError(
+            f"--supervision {supervision}{keep}: leaves {len(complete)} of {len(split)} tuples complete, "
+            f"and {', '.join(str(len(rows)) for rows in streams[1:])} examples of the modalities"
+        )
+    return dataclasses.replace(split, streams=streams)
 
 
 def epoch_order(split, batch_size, seed):
@@ -425,5 +462,416 @@ def read_idx_header(path, magic):
     return tuple(dimensions)
 
 
+# ---------------------------------------------------- images and their parts, labels or names
+
+
+def mnist_split(args):
+    """MNIST's upper and lower halves (Kutuzova et al. 2021, Section 4)."""
+    parts = mnist(Path(args.data_dir), "MNIST")
+    return strips(parts, ("top", "bottom"), "split", "MNIST in halves")
+
+
+def mnist_split_3(args):
+    """MNIST's upper, middle and lower thirds, of nine rows; the first row, black in all but two of
+    the training images, is left out."""
+    parts = mnist(Path(args.data_dir), "MNIST")
+    return strips(parts, ("top", "middle", "bottom"), "split", "MNIST in thirds")
+
+
+def digits_split(args):
+    """The upper and lower halves of scikit-learn's digits."""
+    return strips(small_digits(), ("top", "bottom"), "mlp", "scikit-learn's digits in halves")
+
+
+def strips(parts, names, network, source):
+    """Data of images (N, h, w) cut into strips of the same height, one modality each."""
+    _, rows, width = parts[0][0].shape
+    height, first = divmod(rows, len(names))
+    splits = [
+        (dict(zip(names, np.split(x[:, None, first:], len(names), axis=2), strict=True)), labels)
+        for x, labels in parts
+    ]
+    shape = (1, height, width)
+    modalities = [Modality(name, shape, "bernoulli", network=network) for name in names]
+    return from_tensors(*splits, modalities, source)
+
+
+def mnist_label(args):
+    """MNIST and its labels (Wu & Goodman 2018)."""
+    parts = for_training(mnist(Path(args.data_dir), "MNIST"))
+    return labelled(parts, "mlp", "MNIST's first 50,000 training images")
+
+
+def binary_mnist_label(args):
+    """The same, every pixel black or white, once and for all drawn with its brightness."""
+    rng, parts = np.random.default_rng(args.data_seed), []
+    for x, labels in for_training(mnist(Path(args.data_dir), "MNIST")):
+        parts.append((np.uint8(255) * (rng.integers(255, size=x.shape) < x), labels))
+    return labelled(parts, "mlp", "MNIST's first 50,000 training images, pixels drawn")
+
+
+def fashion_label(args):
+    """FashionMNIST and its labels (Wu & Goodman 2018)."""
+    parts = for_training(mnist(Path(args.data_dir), "FashionMNIST"))
+    return labelled(parts, "dcgan-28", "FashionMNIST's first 50,000 training images")
+
+
+def digits_label(args):
+    """scikit-learn's digits and their labels."""
+    return labelled(small_digits(), "mlp", "scikit-learn's digits")
+
+
+def for_training(parts):
+    """Leaves the last 10,000 training images to validation (Wu & Goodman 2018, supplement)."""
+    (x, labels), test = parts
+    return (x[:50_000], labels[:50_000]), test
+
+
+def small_digits():
+    """scikit-learn's digits, ((train images, labels), (test images, labels)), (N, 8, 8) uint8."""
+    images, labels = load_digits(return_X_y=True)
+    images = (255 / 16 * images).round().astype(np.uint8).reshape(-1, 8, 8)
+    split = train_test_split(images, labels, test_size=300, stratify=labels, random_state=0)
+    train, test, train_labels, test_labels = split
+    return (train, train_labels), (test, test_labels)
+
+
+def labelled(parts, network, source):
+    """Data of images (N, h, w) and their labels as modalities; λ of the label as in the released
+    code of Wu & Goodman 2018."""
+    shape = (1, *parts[0][0].shape[1:])
+    image = Modality("image", shape, "bernoulli", network=network)
+    label = Modality("label", (), "categorical", weight=50.0, network="mlp", categories=10)
+    splits = [({"image": x[:, None], "label": labels}, labels) for x, labels in parts]
+    return from_tensors(*splits, [image, label], source)
+
+
+# The 71 symbols of the released code of Sutter et al. 2021, in an order of our own.
+ALPHABET = string.ascii_lowercase + string.digits + string.punctuation + " \t\n"
+DIGIT_NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+
+
+def mnist_svhn(args):
+    """MNIST and SVHN, paired within a digit --pairings times (Shi et al. 2019)."""
+    return digit_pairs(args, {"mnist": "mnist-sigmoid", "svhn": "svhn-sigmoid"})
+
+
+def mnist_svhn_text(args):
+    """The same with the digit's English name at a random place (Sutter et al. 2021, App. C)."""
+    return digit_pairs(args, {"mnist": "mnist", "svhn": "svhn", "text": "text"})
+
+
+def digit_pairs(args, networks):
+    """Data of MNIST, SVHN and names, of at most 10,000 examples of a digit; the test set is paired
+    once. λ is the ratio of dimensions to SVHN's (Sutter et al. 2021, App. B)."""
+    root = Path(args.data_dir)
+    (second, which), mnist_parts = svhn(root), mnist(root, "MNIST")
+    places = np.array([9 - len(name) for name in DIGIT_NAMES])  # a name may begin at 0 … 8 - length
+    written = [(" " * i + DIGIT_NAMES[d]).ljust(8) for d in range(10) for i in range(places[d])]
+    texts = np.array([[ALPHABET.index(symbol) for symbol in text] for text in written])
+    first = np.cumsum(places) - places  # the text in which a name begins at 0
+    modalities = {
+        "mnist": dict(shape=(1, 28, 28), weight=3072 / 784),
+        "svhn": dict(shape=(3, 32, 32)),
+        "text": dict(
+            shape=(8,),
+            likelihood="categorical",
+            weight=3072 / 8,
+            categories=len(ALPHABET),
+            alphabet=ALPHABET,
+        ),
+    }
+    modalities = [Modality(name, network=net, **modalities[name]) for name, net in networks.items()]
+    splits = []
+    for part, pairings in enumerate((args.pairings, 1)):
+        rng = np.random.default_rng((args.data_seed, part))
+        (x, digits), (y, numbers) = mnist_parts[part], second[part]
+        pairs = []
+        for digit in range(10):
+            a, b = np.flatnonzero(digits == digit), np.flatnonzero(numbers == digit)
+            n = min(len(a), len(b), 10_000)
+            for _ in range(pairings):
+                pairs.append((rng.permutation(a[:n]), rng.permutation(b[:n])))
+        a, b = map(np.concatenate, zip(*pairs, strict=True))
+        labels = digits[a]
+        text = first[labels] + rng.integers(places[labels])
+        tensors = {"mnist": x[:, None], "svhn": y, "text": texts}
+        index = {"mnist": a, "svhn": b, "text": text}
+        splits.append(({n: tensors[n] for n in networks}, labels, {n: index[n] for n in networks}))
+    return from_tensors(*splits, modalities, f"MNIST with {which}, {args.pairings} pairings")
+
+
+def svhn(root):
+    """((train images, labels), (test images, labels)) of SVHN, (N, 3, 32, 32) uint8, and a word on
+    which files these are; downloaded by torchvision, which checks the MD5 sums, where absent."""
+    folder, parts, official = root / "SVHN", [], True
+    for part in ("train", "test"):
+        _, name, md5 = torchvision.datasets.SVHN.split_list[part]
+        path = folder / name
+        if not path.is_file():
+            try:
+                torchvision.datasets.SVHN(folder, split=part, download=True)
+            except (RuntimeError, OSError):
+                raise UserError(
+                    f"--data-dir {root}: SVHN is not there and cannot be downloaded; put "
+                    f"train_32x32.mat and test_32x32.mat into {folder}, or try --dataset "
+                    "polydigits, which needs no files"
+                ) from None
+        official &= hashlib.md5(path.read_bytes()).hexdigest() == md5
+        try:
+            content = scipy.io.loadmat(path)
+            x, y = content["X"], content["y"].reshape(-1)
+        except (ValueError, TypeError, KeyError, OSError, zlib.error, MatReadError) as error:
+            raise UserError(f"{path}: is no SVHN file, or damaged ({error})") from None
+        if x.shape != (32, 32, 3, len(y)) or x.dtype != np.uint8:
+            raise UserError(f"{path}: has images of {x.shape} in {x.dtype} for {len(y)} labels")
+        if set(np.unique(y)) != set(range(1, 11)):
+            raise UserError(f"{path}: must have each of the labels 1 … 10, has {np.unique(y)}")
+        parts.append((np.ascontiguousarray(x.transpose(3, 2, 0, 1)), y.astype(np.int64) % 10))
+    sizes = f"{len(parts[0][0]):,} and {len(parts[1][0]):,}"
+    return parts, "SVHN" if official else f"files in SVHN's format, not the official ({sizes})"
+
+
+def multimnist(args):
+    """Canvases of 50×50 with 0 to 4 digits, each in its own quarter, and the string that they make
+    from the upper left to the lower right (Wu & Goodman 2018, supplement). The number is drawn
+    first, then the quarters and the digits, which are enlarged and cut to 25×25."""
+    splits = []
+    for part, (images, labels) in enumerate(mnist(Path(args.data_dir), "MNIST")):
+        rng, n = np.random.default_rng((args.data_seed, part)), len(images)
+        number = rng.integers(5, size=n)
+        # Quarters in random order, of which the first `number` have a digit.
+        taken = rng.permuted(np.tile(np.arange(4), (n, 1)), axis=1) < number[:, None]
+        drawn = rng.integers(n, size=(n, 4))
+        digits = np.where(taken[..., None, None], images[drawn][..., 2:27, 2:27], 0)
+        canvas = digits.reshape(n, 2, 2, 25, 25).swapaxes(2, 3).reshape(n, 1, 50, 50)
+        # The digits to the left and the symbol of the end behind them, their order kept.
+        text = np.where(taken, labels[drawn], 10)
+        text = np.take_along_axis(text, np.argsort(~taken, axis=1, kind="stable"), axis=1)
+        text = np.pad(text, ((0, 0), (0, 1)), constant_values=10)
+        splits.append(({"image": canvas, "text": text}, number))
+    kind = dict(weight=10.0, categories=11, alphabet=string.digits + " ")
+    modalities = [
+        Modality("image", (1, 50, 50), "bernoulli", network="dcgan-50"),
+        Modality("text", (5,), "categorical", network="gru", **kind),
+    ]
+    return from_tensors(*splits, modalities, "canvases made from MNIST")
+
+
+# -------------------------------------------------------------------------------------- CelebA
+
+# Those of Wu & Goodman 2018, the visually distinctive ones.
+ATTRIBUTES = """Bald Bangs Black_Hair Blond_Hair Brown_Hair Bushy_Eyebrows Eyeglasses Gray_Hair
+Heavy_Makeup Male Mouth_Slightly_Open Mustache Pale_Skin Receding_Hairline Smiling Straight_Hair
+Wavy_Hair Wearing_Hat"""
+
+
+def celeba_text(args):
+    """Faces and the names of their attributes as one text of 256 symbols (Sutter et al. 2021, App.
+    E), which begins at a random place, with stars around it."""
+    images, attributes, names, source = celeba(args)
+    names = [name.replace("_", " ").lower() for name in names]
+    symbol = {symbol: i for i, symbol in enumerate(ALPHABET)}
+    splits = []
+    for part, (x, labels) in enumerate(zip(images, attributes, strict=True)):
+        rng, texts = np.random.default_rng((args.data_seed, part)), []
+        for row in labels:
+            words = list(itertools.compress(names, row))
+            while len(text := ", ".join(words)) > 256:
+                words.pop()
+            text = ("*" * rng.integers(257 - len(text)) + text).ljust(256, "*")
+            texts.append([symbol[s] for s in text])
+        splits.append(({"image": x, "text": np.array(texts, np.uint8)}, labels))
+    kind = dict(categories=len(ALPHABET), alphabet=ALPHABET)
+    modalities = [
+        Modality("image", (3, 64, 64), network="residual-image"),
+        Modality("text", (256,), "categorical", weight=48.0, network="residual-text", **kind),
+    ]
+    return from_tensors(*splits, modalities, source)
+
+
+def celeba_attr(args):
+    """Faces and 18 attributes as one modality (Wu & Goodman 2018)."""
+    images, attributes, names, source = celeba(args)
+    columns = [names.index(name) for name in ATTRIBUTES.split()]
+    splits = [
+        ({"image": x, "attributes": labels[:, columns].astype(np.float32)}, labels)
+        for x, labels in zip(images, attributes, strict=True)
+    ]
+    modalities = [
+        Modality("image", (3, 64, 64), "bernoulli", network="dcgan-64"),
+        Modality("attributes", (len(columns),), "bernoulli", weight=10.0, network="mlp"),
+    ]
+    return from_tensors(*splits, modalities, source)
+
+
+def celeba19(args):
+    """Faces and 18 attributes, each a modality (Wu & Goodman 2018, MVAE19)."""
+    images, attributes, names, source = celeba(args)
+    columns = {name.lower(): names.index(name) for name in ATTRIBUTES.split()}
+    splits = [
+        ({n: labels[:, [i]].astype(np.float32) for n, i in columns.items()} | {"image": x}, labels)
+        for x, labels in zip(images, attributes, strict=True)
+    ]
+    modalities = [Modality("image", (3, 64, 64), "bernoulli", network="dcgan-64")]
+    modalities += [Modality(n, (1,), "bernoulli", weight=10.0, network="mlp") for n in columns]
+    return from_tensors(*splits, modalities, source)
+
+
+def celeba(args):
+    """The training and the test images (N, 3, 64, 64) in uint8, their attributes (N, 40) of 0 and
+    1, the attributes' names, and a word on which files these are. Decoded once, then cached."""
+    root = Path(args.data_dir) / "celeba"
+    pictures = root / "img_align_celeba"
+    tables = [root / "list_attr_celeba.txt", root / "list_eval_partition.txt"]
+    for path in (pictures, *tables):
+        if not path.exists():
+            raise UserError(
+                f"--data-dir {args.data_dir}: CelebA is not there, and is not downloaded; put img_align_celeba, "
+                f"{tables[0].name} and {tables[1].name} into {root} ({path.name} is missing), or "
+                "try --dataset polydigits, which needs no files"
+            )
+    header, *rows = (line.split() for line in tables[0].read_text().splitlines()[1:])
+    for row in rows:
+        if len(row) != 1 + len(header) or not set(row[1:]) <= {"1", "-1"}:
+            raise UserError(f"{tables[0]}: the row of {row[0]} is not {len(header)} times 1 or -1")
+    parts = [line.split() for line in tables[1].read_text().splitlines()]
+    if [row[0] for row in rows] != [name for name, *_ in parts]:
+        raise UserError(f"{tables[1]}: names other pictures than {tables[0].name}")
+    if not {"0", "2"} <= {part for _, part in parts} <= {"0", "1", "2"}:
+        raise UserError(f"{tables[1]}: the parts must be 0, 1 and 2, training and test among them")
+    attributes = np.array([row[1:] for row in rows]) == "1"
+
+    def face(name):
+        try:
+            picture = Image.open(pictures / name).convert("RGB")
+        except (UnidentifiedImageError, OSError):
+            raise UserError(f"{pictures / name}: is missing or damaged") from None
+        if picture.size == (178, 218):
+            picture = picture.crop((15, 35, 163, 183)).resize((64, 64), Image.Resampling.BICUBIC)
+        if picture.size != (64, 64):
+            raise UserError(f"{pictures / name}: is {picture.size}, must be 178×218 or 64×64")
+        return np.asarray(picture).transpose(2, 0, 1)
+
+    def decode():
+        return {"faces": torch.from_numpy(np.stack([face(name) for name, _ in parts]))}
+
+    status = pictures.stat()
+    key = [str(pictures.resolve()), status.st_mtime, len(parts)]
+    images = cached(args.cache_dir, "celeba", key, decode)["faces"]
+    chosen = [np.array([part == p for _, part in parts]) for p in ("0", "2")]
+    source = "CelebA" if len(parts) == 202_599 else f"{len(parts):,} of CelebA's faces"
+    images, attributes = ([a[rows] for rows in chosen] for a in (images, attributes))
+    return images, attributes, header, source
+
+
+# ------------------------------------------------------------------------------- CUB-Captions
+
+
+def cub(args):
+    """ResNet-101 features of birds and ten captions of each (Shi et al. 2019), in the layout of their
+    code: text_trainvalclasses.txt and text_testclasses.txt, ten lines a picture, and the features
+    (N, 2048) in the same order, resnet101_2048/train.ft and test.ft, tensors saved by PyTorch.
+
+    A caption has 32 places: up to 31 words, "<eos>" and padding. Words that the training captions
+    have no more than three times are "<exc>".
+    """
+    root = Path(args.data_dir) / "cub"
+    texts = [root / f"text_{part}classes.txt" for part in ("trainval", "test")]
+    tensors = [root / "resnet101_2048" / f"{part}.ft" for part in ("train", "test")]
+    for path in (*texts, *tensors):
+        if not path.is_file():
+            raise UserError(
+                f"--data-dir {args.data_dir}: CUB is not there, and is not downloaded; put its "
+                f"captions and features into {root} ({path.relative_to(root)} is missing), or try "
+                "--dataset polydigits, which needs no files"
+            )
+    captions, features = [], []
+    for text, tensor in zip(texts, tensors, strict=True):
+        lines = text.read_text(encoding="utf-8").splitlines()
+        captions.append([re.findall(r"\w+(?:['-]\w+)*|[^\w\s]", line) for line in lines])
+        try:
+            features.append(torch.load(tensor, map_location="cpu", weights_only=True))
+        except Exception as error:  # noqa: BLE001, bytes that are no pickle end in any
+            raise UserError(f"{tensor}: is no saved tensor, or damaged ({error})") from None
+        found = getattr(features[-1], "shape", type(features[-1]).__name__)
+        if found != (len(lines) // 10, 2048) or len(lines) % 10:
+            raise UserError(f"{tensor}: has {found} for {len(lines)} captions, ten a picture")
+    count = collections.Counter(itertools.chain.from_iterable(captions[0]))
+    vocabulary = ("<exc>", "<pad>", "<eos>", *(word for word, n in count.items() if n > 3))
+    number, splits = {word: i for i, word in enumerate(vocabulary)}, []
+    for lines, images in zip(captions, features, strict=True):
+        places = [[*words[:31], "<eos>", *["<pad>"] * 31][:32] for words in lines]
+        rows = torch.tensor([[number.get(word, 0) for word in words] for words in places])
+        n = torch.arange(len(rows))
+        index = {"image": n // 10, "caption": n}
+        splits.append(({"image": images, "caption": rows}, torch.zeros(len(rows), 1), index))
+    kind = dict(network="cub-caption", categories=len(vocabulary), alphabet=vocabulary, padding=1)
+    modalities = [
+        Modality("image", (2048,), scale=0.01, weight=0.002, network="cub-features"),
+        Modality("caption", (32,), "categorical", **kind),
+    ]
+    return from_tensors(*splits, modalities, f"CUB, {len(splits[0][1]):,} captions to train")
+
+
+# ------------------------------------------------------------------------------------ own data
+
+
+def tensor_file(args):
+    """Data of an .npz file with train/NAME, test/NAME, train/labels and test/labels: uint8 images
+    (N, C, H, W) get a Laplace likelihood, floats a Normal, other integers a Categorical."""
+    path = Path(args.dataset)
+    try:
+        with np.load(path) as file:
+            arrays = {key: file[key] for key in file.files}
+    except FileNotFoundError:
+        raise UserError(f"--dataset {path}: there is no such file") from None
+    except (ValueError, zipfile.BadZipFile, EOFError, zlib.error) as error:
+        raise UserError(f"--dataset {path}: is no .npz file of arrays ({error})") from None
+    parts = [
+        {key.removeprefix(part): a for key, a in arrays.items() if key.startswith(part)}
+        for part in ("train/", "test/")
+    ]
+    if not all("labels" in part and len(part) > 1 for part in parts):
+        raise UserError(
+            f"--dataset {path}: must hold train/NAME, test/NAME, train/labels and test/labels, "
+            f"has {', '.join(arrays)}"
+        )
+    labels = [part.pop("labels") for part in parts]
+    if any(y.ndim != 1 or y.dtype.kind not in "iu" or y.min() < 0 for y in labels):
+        raise UserError(f"--dataset {path}: labels must be one whole number a tuple, from 0 on")
+    modalities = []
+    for name, a in parts[0].items():
+        network = "conv" if a.ndim == 4 else "mlp"
+        kind = dict(likelihood="normal", scale=1.0)
+        if a.dtype == np.uint8:
+            kind = dict(likelihood="laplace")
+        elif a.dtype.kind in "iu":
+            tops = [part[name].max() for part in parts if name in part]
+            kind = dict(likelihood="categorical", categories=max(2, 1 + int(max(tops))))
+            network = "mlp"
+        elif a.dtype.kind != "f":
+            raise UserError(f"--dataset {path}: train/{name} is {a.dtype}, must be numbers")
+        modalities.append(Modality(name, a.shape[1:], network=network, **kind))
+    return from_tensors(*zip(parts, labels, strict=True), modalities, str(path))
+
+
 # Own data are one more entry: a function of the options that returns a Data.
-LOADERS = {"polydigits": polydigits, "polymnist": polymnist}
+LOADERS = {
+    "polydigits": polydigits,
+    "polymnist": polymnist,
+    "mnist-split": mnist_split,
+    "mnist-split-3": mnist_split_3,
+    "mnist-label": mnist_label,
+    "binary-mnist-label": binary_mnist_label,
+    "fashion-label": fashion_label,
+    "mnist-svhn": mnist_svhn,
+    "mnist-svhn-text": mnist_svhn_text,
+    "celeba-text": celeba_text,
+    "celeba-attr": celeba_attr,
+    "celeba19": celeba19,
+    "multimnist": multimnist,
+    "cub": cub,
+    "digits-label": digits_label,
+    "digits-split": digits_split,
+}

@@ -10,6 +10,7 @@ import argparse
 import importlib
 import inspect
 import json
+import textwrap
 from collections import defaultdict
 from pathlib import Path
 
@@ -50,8 +51,12 @@ JOINT_SAMPLES = 10_000
 
 
 def subsets_of(modalities):
-    """The names of the modalities in every non-empty subset, singletons first."""
+    """The names of the modalities in every non-empty subset, singletons first; of more than eight
+    modalities in those of one, of all but one, and of all."""
     names = [m.name for m in modalities]
+    if len(names) > 8:
+        others = [[n for n in names if n != name] for name in names]
+        return [*([name] for name in names), *others, names]
     return [
         [name for name, chosen in zip(names, mask, strict=True) if chosen]
         for mask in subset_masks(len(names)).tolist()
@@ -210,24 +215,30 @@ def evaluate(model, data, args):
     model.eval()
     device = next(model.parameters()).device
     train, test = data.train.to(device), data.test.to(device)
-    with torch.enable_grad():
-        nets, accuracy = classifiers(train, test, model.modalities, args.cache_dir)
-    results = {f"classifier_accuracy/{name}": value for name, value in accuracy.items()}
+    results = {}
     with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-        for subset, value in latent_accuracy(model, train, test).items():
-            results[f"latent_accuracy/{subset}"] = value
-        coherence = conditional_coherence(model, nets, test)
-        joint = joint_coherence(model, nets, device)
-        likelihoods = log_likelihood(model, test)
+        if test.labels.ndim == 1:  # one class, not several attributes
+            results |= class_metrics(model, train, test, args.cache_dir)
+        for subset, value in log_likelihood(model, test).items():
+            results[f"log_likelihood/{subset}"] = value
+    return results
+
+
+def class_metrics(model, train, test, cache_dir):
+    """What asks for the class that a latent or a generated modality shows, as a flat dict."""
+    with torch.enable_grad(), torch.autocast(train.labels.device.type, enabled=False):
+        nets, accuracy = classifiers(train, test, model.modalities, cache_dir)
+    results = {f"classifier_accuracy/{name}": value for name, value in accuracy.items()}
+    for subset, value in latent_accuracy(model, train, test).items():
+        results[f"latent_accuracy/{subset}"] = value
+    coherence = conditional_coherence(model, nets, test)
     for subset, targets in coherence.items():
         for target, value in targets.items():
             results[f"coherence/{subset}/{target}"] = value
     for n, means in coherence_by_inputs(coherence).items():
         for convention, value in means.items():
             results[f"coherence_by_inputs/{n}/{convention}"] = value
-    results["joint_coherence"] = joint
-    for subset, value in likelihoods.items():
-        results[f"log_likelihood/{subset}"] = value
+    results["joint_coherence"] = joint_coherence(model, nets, test.labels.device)
     return results
 
 
@@ -245,12 +256,16 @@ def table(results):
         ]
         return np.mean(values)
 
+    given = [name.count("+") + 1 for name in results if name.startswith("log_likelihood/")]
+    if "joint_coherence" not in results:
+        lines = [f"{n:5}   {mean('log_likelihood/', n):10.1f}" for n in sorted(set(given))]
+        return "\n".join(["given     log p(X)", *lines])
     names = [name.split("/")[1] for name in results if name.startswith("classifier_accuracy/")]
     lines = [
         "            latent      coherence of the targets",
         "given     accuracy     not given          all     log p(X)",
     ]
-    for n in range(1, len(names) + 1):
+    for n in sorted(set(given)):
         apart = results.get(f"coherence_by_inputs/{n}/without_inputs")
         everywhere = results[f"coherence_by_inputs/{n}/with_inputs"]
         lines.append(
@@ -273,12 +288,18 @@ def draw_row(axis, modality, x, title):
     if len(modality.shape) == 3:
         picture = torch.nn.functional.pad(x, (1, 1, 1, 1), value=1.0).clamp(0, 1)
         picture = torch.cat(list(picture), -1).permute(1, 2, 0)
-        axis.imshow(picture.expand(-1, -1, 3), aspect="auto", interpolation="nearest")
+        axis.imshow(picture.expand(-1, -1, 3).numpy(), aspect="auto", interpolation="nearest")
     else:
         axis.set_xlim(0, len(x))
         for i, example in enumerate(x.reshape(len(x), -1)):
-            text = " ".join(f"{value:g}" for value in example[:8])
-            axis.text(i + 0.5, 0.5, text, ha="center", va="center", fontsize=7)
+            text, size = " ".join(f"{value:g}" for value in example[:8]), 7
+            if modality.alphabet:
+                symbols = [modality.alphabet[int(n)] for n in example if n != modality.padding]
+                between = "" if isinstance(modality.alphabet, str) else " "
+                text = between.join(symbols).strip(" *")
+            if len(text) > 16:
+                text, size = textwrap.fill(text, 18, max_lines=9), 3.5
+            axis.text(i + 0.5, 0.5, text, ha="center", va="center", fontsize=size, parse_math=False)
 
 
 def draw_grid(path, rows, title):
@@ -296,7 +317,8 @@ def draw_grid(path, rows, title):
 def examples(test, n, seed):
     """n test tuples, their classes spread evenly, as a dict of tensors."""
     rng = np.random.default_rng(seed)
-    by_class = np.argsort(test.labels.cpu().numpy() + rng.uniform(0, 0.5, len(test)))
+    first = test.labels.view(len(test), -1)[:, 0]  # of several attributes
+    by_class = np.argsort(first.cpu().numpy() + rng.uniform(0, 0.5, len(test)))
     rows = torch.from_numpy(by_class[:: max(1, len(test) // n)][:n].copy())
     return test.batch(rows.to(test.labels.device))[0]
 

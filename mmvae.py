@@ -39,9 +39,32 @@ from common import UserError, bounded, decoder, encoder, hide, likelihood, log_m
 
 # As the papers compare it (Sutter et al. 2021, App. B.1): Gaussians and no importance samples.
 COMPARED = dict(distribution="normal", scales="free", objective="elbo", K=1)
+# As in its own paper: Laplace, scales that sum to D, DReG on the looser bound.
+SHI = dict(objective="dreg", K=30, learn_prior=True)
 DEFAULTS = {
     "polydigits": dict(epochs=30, batch_size=64, lr=2e-3, latent_dim=32, beta=1.0, **COMPARED),
     "polymnist": dict(epochs=300, batch_size=256, lr=1e-3, latent_dim=512, beta=2.5, **COMPARED),
+    "mnist-svhn-text": dict(
+        epochs=150, batch_size=256, lr=1e-3, latent_dim=20, beta=5.0, **COMPARED
+    ),
+    "mnist-svhn": dict(epochs=30, batch_size=128, lr=1e-3, latent_dim=20, amsgrad=True, **SHI),
+    "mnist-split": dict(epochs=200, batch_size=128, lr=2e-4, latent_dim=64, **COMPARED),
+    "mnist-split-3": dict(epochs=50, batch_size=128, lr=2e-4, latent_dim=64, **COMPARED),
+    "mnist-label": dict(epochs=500, batch_size=100, lr=1e-3, latent_dim=64, **COMPARED),
+    "binary-mnist-label": dict(epochs=500, batch_size=100, lr=1e-3, latent_dim=64, **COMPARED),
+    "fashion-label": dict(epochs=500, batch_size=100, lr=1e-3, latent_dim=64, **COMPARED),
+    "celeba-text": dict(
+        epochs=200, batch_size=256, lr=5e-4, latent_dim=32, private_dim=32, beta=2.5, **COMPARED
+    ),
+    "celeba-attr": dict(epochs=100, batch_size=100, lr=1e-4, latent_dim=100, **COMPARED),
+    "celeba19": dict(epochs=100, batch_size=100, lr=1e-4, latent_dim=100, **COMPARED),
+    "multimnist": dict(epochs=500, batch_size=100, lr=1e-3, latent_dim=100, **COMPARED),
+    # Normal there, and K = 50.
+    "cub": dict(
+        epochs=50, batch_size=64, lr=1e-3, latent_dim=64, **SHI | {"K": 50}, distribution="normal"
+    ),
+    "digits-label": dict(epochs=100, batch_size=64, lr=1e-3, latent_dim=16, **COMPARED),
+    "digits-split": dict(epochs=100, batch_size=64, lr=1e-3, latent_dim=16, **COMPARED),
 }
 OBJECTIVES = ("elbo", "iwae", "iwae-tight", "dreg", "dreg-tight", "dreg-mixture", "elbo-is")
 

@@ -48,6 +48,30 @@ DEFAULTS = {
     ),
     # Sutter et al. 2021, App. D.2: without random subsets.
     "polymnist": dict(epochs=300, batch_size=256, lr=1e-3, latent_dim=512, beta=2.5),
+    # App. C.2 there.
+    "mnist-svhn-text": dict(epochs=150, batch_size=256, lr=1e-3, latent_dim=20, beta=5.0),
+    "mnist-svhn": dict(epochs=150, batch_size=256, lr=1e-3, latent_dim=20, beta=5.0),
+    # Supplement, Section 1.
+    "mnist-label": dict(epochs=500, batch_size=100, lr=1e-3, latent_dim=64, anneal_epochs=200),
+    "binary-mnist-label": dict(
+        epochs=500, batch_size=100, lr=1e-3, latent_dim=64, anneal_epochs=200
+    ),
+    "fashion-label": dict(epochs=500, batch_size=100, lr=1e-3, latent_dim=64, anneal_epochs=200),
+    "celeba-attr": dict(epochs=100, batch_size=100, lr=1e-4, latent_dim=100, anneal_epochs=20),
+    "celeba19": dict(
+        epochs=100, batch_size=100, lr=1e-4, latent_dim=100, anneal_epochs=20, random_subsets=1
+    ),
+    "multimnist": dict(epochs=500, batch_size=100, lr=1e-3, latent_dim=100, anneal_epochs=200),
+    # Sutter et al. 2021, App. E.2.
+    "celeba-text": dict(
+        epochs=200, batch_size=256, lr=5e-4, latent_dim=32, private_dim=32, beta=2.5
+    ),
+    # Kutuzova et al. 2021, App. F.
+    "mnist-split": dict(epochs=200, batch_size=128, lr=2e-4, latent_dim=64),
+    "mnist-split-3": dict(epochs=50, batch_size=128, lr=2e-4, latent_dim=64),
+    "cub": dict(epochs=50, batch_size=64, lr=1e-3, latent_dim=64),
+    "digits-label": dict(epochs=100, batch_size=64, lr=1e-3, latent_dim=16),
+    "digits-split": dict(epochs=100, batch_size=64, lr=1e-3, latent_dim=16),
 }
 
 

@@ -1,26 +1,31 @@
 """The data sets: what a tuple is, what is kept apart, what a damaged file leads to."""
 
 import hashlib
+import importlib
 import io
 import json
 import struct
 import urllib.error
 import zipfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import scipy.io
 import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
 import datasets
-from common import Modality, UserError
+import evaluate
+from common import Modality, UserError, generated, likelihood
 
 
 def options(tmp_path, **changed):
     defaults = dict(data_dir=str(tmp_path), cache_dir=str(tmp_path / "cache"), data_seed=0)
-    return SimpleNamespace(**defaults | {"backgrounds": "", "download": False} | changed)
+    defaults |= dict(backgrounds="", download=False, pairings=20, keep=1.0)
+    return SimpleNamespace(**defaults | changed)
 
 
 def write_idx(path, array):
@@ -28,9 +33,9 @@ def write_idx(path, array):
     path.write_bytes(header + array.astype(np.uint8).tobytes())
 
 
-def make_mnist(folder, n=40):
+def make_mnist(folder, n=40, name="MNIST"):
     """A small MNIST: the image of a label has a bar of grey 100 and a row of white dots."""
-    raw = folder / "MNIST" / "raw"
+    raw = folder / name / "raw"
     raw.mkdir(parents=True)
     for part, count in (("train", n), ("t10k", n // 2)):
         labels = np.arange(count) % 10
@@ -40,6 +45,20 @@ def make_mnist(folder, n=40):
         images[np.arange(count), 7, np.arange(count) // 10] = 129 if part == "train" else 200
         write_idx(raw / f"{part}-images-idx3-ubyte", images)
         write_idx(raw / f"{part}-labels-idx1-ubyte", labels)
+    return folder
+
+
+def make_svhn(folder, n=30):
+    """A small SVHN in the official format: the image of a label is of one colour, its number of
+    tens and then its place; a digit 0 has the label 10."""
+    (folder / "SVHN").mkdir()
+    for part, count in (("train", n), ("test", n // 2)):
+        labels = 1 + np.arange(count) % 10
+        images = np.zeros((32, 32, 3, count), np.uint8)
+        images[:, :, 0] = 20 * labels
+        images[:, :, 1] = np.arange(count)
+        path = folder / "SVHN" / f"{part}_32x32.mat"
+        scipy.io.savemat(path, {"X": images, "y": labels[:, None]}, do_compression=True)
     return folder
 
 
@@ -354,5 +373,426 @@ def test_every_process_gets_its_part_of_every_stream():
 
 
 def test_no_complete_tuple_is_a_mistake():
-    with pytest.raises(UserError, match="--supervision 0.001: leaves none of 50"):
+    with pytest.raises(UserError, match="--supervision 0.001: leaves 0 of 50"):
         streams(50, 2, 0.001)
+
+
+# ---------------------------------------------------- images and their parts, labels or names
+
+
+@pytest.mark.parametrize("name, rows", [("mnist-split", (14, 14)), ("mnist-split-3", (9, 9, 9))])
+def test_strips_are_the_image_from_top_to_bottom(tmp_path, name, rows):
+    make_mnist(tmp_path)
+    data = datasets.load(options(tmp_path, dataset=name))
+    image = datasets.mnist(tmp_path, "MNIST")[0][0]
+    x, _ = data.train.batch(torch.arange(len(image)))
+    assert [x[m.name].shape[1:] for m in data.modalities] == [(1, n, 28) for n in rows]
+    whole = torch.cat([x[m.name] for m in data.modalities], -2)[:, 0]
+    assert (255 * whole).round().byte().equal(torch.from_numpy(image[:, 28 - sum(rows) :]))
+
+
+def test_the_row_that_thirds_leave_out_is_black(data_dir):
+    assert datasets.mnist(data_dir, "MNIST")[0][0][:, 0].any(1).sum() == 2
+
+
+@pytest.mark.parametrize("name", ["mnist-label", "fashion-label", "digits-label"])
+def test_a_label_is_the_images_own(tmp_path, name):
+    make_mnist(tmp_path)
+    make_mnist(tmp_path, name="FashionMNIST")
+    data = datasets.load(options(tmp_path, dataset=name))
+    for split in (data.train, data.test):
+        assert split.tensors["label"].equal(split.labels)
+        if name != "digits-label":
+            assert (split.tensors["image"][:, 0, 5].argmax(-1) == split.labels).all()
+
+
+def test_the_last_10_000_training_images_are_left_to_validation(data_dir):
+    data = datasets.load(options(data_dir, dataset="mnist-label"))
+    assert (len(data.train), len(data.test)) == (50_000, 10_000)
+
+
+def test_binary_pixels_are_drawn_once_with_their_brightness(tmp_path):
+    make_mnist(tmp_path, n=270)
+    first, again, other = (
+        datasets.load(options(tmp_path, dataset="binary-mnist-label", data_seed=seed))
+        for seed in (0, 0, 1)
+    )
+    pixels = first.train.tensors["image"]
+    assert set(pixels.unique().tolist()) == {0, 255}
+    assert pixels.equal(again.train.tensors["image"])
+    assert not pixels.equal(other.train.tensors["image"])
+    bar = (pixels[:, 0, 3] > 0).double()  # brightness 100 of 255
+    p = 100 / 255
+    assert abs(bar.mean() - p) < 4 * (p * (1 - p) / bar.numel()) ** 0.5
+    assert pixels[:, 0, 4].max() == 0 and (pixels[:, 0, 5] > 0).sum(-1).eq(1).all()
+
+
+@pytest.mark.parametrize("name", ["mnist-svhn", "mnist-svhn-text"])
+def test_pairs_are_of_one_digit_and_cost_an_index(tmp_path, name):
+    make_svhn(
+        make_mnist(tmp_path)
+    )  # four and three of a digit to train, two and one or two to test
+    data = datasets.load(options(tmp_path, dataset=name, pairings=7))
+    assert len(data.train) == 10 * 3 * 7 and len(data.train.tensors["svhn"]) == 30
+    assert len(data.test) == 5 * 2 + 5 * 1  # once
+    assert "not the official (30 and 15), 7 pairings" in data.source
+    x, _ = data.train.batch(torch.arange(len(data.train)))
+    assert (x["mnist"][:, 0, 5].argmax(-1) == data.train.labels).all()
+    colour = (255 * x["svhn"][:, 0, 0, 0]).round().long() / 20
+    assert (colour % 10 == data.train.labels).all()
+    used = torch.stack([data.train.index["mnist"], data.train.index["svhn"]], 1)
+    assert used.unique(dim=0).shape[0] > 30  # not the same pairs seven times
+    assert data.train.index["svhn"].bincount().eq(7).all()
+    if name == "mnist-svhn-text":
+        texts = ["".join(datasets.ALPHABET[i] for i in row) for row in x["text"].tolist()]
+        names = [datasets.DIGIT_NAMES[digit] for digit in data.train.labels]
+        assert [text.strip() for text in texts] == names
+        assert {text.index("one") for text in texts if "one" in text} == set(range(6))
+    weights = {m.name: m.weight for m in data.modalities}
+    sizes = {"mnist": 784, "svhn": 3072, "text": 8}
+    assert all(weights[n] == pytest.approx(3072 / sizes[n]) for n in weights)
+
+
+def test_the_alphabet_has_71_symbols():
+    assert len(set(datasets.ALPHABET)) == 71
+
+
+def test_faults_of_svhn_files_are_named(tmp_path, monkeypatch):
+    make_svhn(make_mnist(tmp_path))
+    path = tmp_path / "SVHN" / "train_32x32.mat"
+    good, content = path.read_bytes(), scipy.io.loadmat(path)
+
+    def fails(match):
+        with pytest.raises(UserError, match=match):
+            datasets.load(options(tmp_path, dataset="mnist-svhn"))
+
+    for damaged in (good[: len(good) // 2], b"", b"no file of MATLAB", good[:200]):
+        path.write_bytes(damaged)
+        fails("train_32x32.mat: is no SVHN file, or damaged")
+    scipy.io.savemat(path, {"X": content["X"]})
+    fails("train_32x32.mat: is no SVHN file, or damaged")
+    scipy.io.savemat(path, {"X": content["X"], "y": content["y"] - 1})
+    fails("must have each of the labels 1 … 10")
+    scipy.io.savemat(path, {"X": content["X"], "y": content["y"][:-1]})
+    fails(r"has images of \(32, 32, 3, 30\) in uint8 for 29 labels")
+    path.unlink()
+    monkeypatch.setattr(urllib.request, "urlopen", no_network)
+    fails("SVHN is not there and cannot be downloaded.*train_32x32.mat.*polydigits")
+
+
+def no_network(*_, **__):
+    raise urllib.error.URLError("no network")
+
+
+def test_multimnist_is_the_string_of_its_quarters(data_dir):
+    data = datasets.load(options(data_dir, dataset="multimnist"))
+    n = 4000
+    x, number = data.train.tensors, data.train.labels[:n]
+    image, text = x["image"][:n, 0], x["text"][:n]
+    quarters = image.view(n, 2, 25, 2, 25).any(4).any(2).view(n, 4)
+    assert quarters.sum(1).equal(number)
+    assert number.bincount().sub(n / 5).abs().max() < 4 * (n * 0.2 * 0.8) ** 0.5
+    assert (text < 10).sum(1).equal(number) and (text[:, 4] == 10).all()
+    assert (text[:, :-1].eq(10) <= text[:, 1:].eq(10)).all()  # the end is followed by the end
+    # A digit's mean picture is its own, whichever its quarter is.
+    digits, _ = datasets.mnist(data_dir, "MNIST")[0]
+    labels = torch.from_numpy(datasets.mnist(data_dir, "MNIST")[0][1])
+    means = torch.stack([torch.from_numpy(digits)[labels == d].double().mean(0) for d in range(10)])
+    means = means[:, 2:27, 2:27].flatten(1)
+    for quarter in range(4):
+        row, column = divmod(quarter, 2)
+        part = image[:, 25 * row : 25 * row + 25, 25 * column : 25 * column + 25]
+        place = quarters[:, :quarter].sum(1)
+        symbol = text.gather(1, place[:, None])[:, 0]
+        for digit in range(10):
+            shown = part[quarters[:, quarter] & (symbol == digit)].double().mean(0).flatten()
+            assert (means - shown).square().sum(1).argmin() == digit
+
+
+# -------------------------------------------------------------------------------------- CelebA
+
+
+def make_celeba(folder, n=20, size=(178, 218)):
+    """A small CelebA in the official layout; a face is a square of its own colour, 148 wide, where
+    the crop is, on white. The attribute i of a face j is there where j is a multiple of i + 1."""
+    pictures = folder / "celeba" / "img_align_celeba"
+    pictures.mkdir(parents=True)
+    names = [*datasets.ATTRIBUTES.split(), *(f"Other_{i}" for i in range(22))]
+    table, parts = [str(n), " ".join(names)], []
+    for j in range(n):
+        picture = np.full((*size[::-1], 3), 255, np.uint8)
+        inside = picture[35:183, 15:163] if size[0] == 178 else picture
+        inside[:] = (10 * j, 0, 100)
+        file = f"{j + 1:06}.png"  # PNG has the very colours; the loader takes any name
+        Image.fromarray(picture).save(pictures / file)
+        table.append(f"{file} " + " ".join("1" if j % (i + 1) == 0 else "-1" for i in range(40)))
+        parts.append(f"{file} {0 if j < n // 2 else 1 if j < 3 * n // 4 else 2}")
+    (folder / "celeba" / "list_attr_celeba.txt").write_text("\n".join(table) + "\n")
+    (folder / "celeba" / "list_eval_partition.txt").write_text("\n".join(parts) + "\n")
+    return folder
+
+
+@pytest.mark.parametrize("size", [(178, 218), (64, 64)])
+def test_faces_are_cropped_and_go_with_their_attributes(tmp_path, size):
+    make_celeba(tmp_path, size=size)
+    sets = {
+        name: datasets.load(options(tmp_path, dataset=name))
+        for name in ("celeba-text", "celeba-attr", "celeba19")
+    }
+    for data in sets.values():
+        assert (len(data.train), len(data.test)) == (10, 5) and "20 of CelebA's" in data.source
+        faces = data.test.tensors["image"]
+        colours = torch.tensor([[10 * j, 0, 100] for j in range(15, 20)], dtype=torch.uint8)
+        assert faces.equal(colours[..., None, None].expand(5, 3, 64, 64))
+        there = torch.tensor([[j % (i + 1) == 0 for i in range(40)] for j in range(15, 20)])
+        assert data.test.labels.equal(there.long())
+    assert sets["celeba-attr"].test.tensors["attributes"].equal(there[:, :18].float())
+    assert len(sets["celeba19"].modalities) == 19
+    assert sets["celeba19"].test.tensors["wavy_hair"].equal(there[:, [16]].float())
+    text = [
+        "".join(datasets.ALPHABET[i] for i in t) for t in sets["celeba-text"].test.tensors["text"]
+    ]
+    assert [t.strip("*") for t in text][:2] == [
+        "bald, black hair, brown hair, smiling",
+        "bald, bangs, blond hair, gray hair, straight hair",
+    ]
+    assert len({len(t) - len(t.lstrip("*")) for t in text}) > 1
+
+
+def test_a_text_that_is_too_long_loses_its_last_words(tmp_path):
+    make_celeba(tmp_path, size=(64, 64))
+    data = datasets.load(options(tmp_path, dataset="celeba-text"))
+    all_of_them = "".join(datasets.ALPHABET[i] for i in data.train.tensors["text"][0])
+    words = all_of_them.strip("*").split(", ")
+    names = [n.replace("_", " ").lower() for n in datasets.ATTRIBUTES.split()]
+    assert len(all_of_them) == 256 and words[:18] == names and 18 < len(words) < 40
+    assert words[-1] == f"other {len(words) - 19}"
+
+
+def test_faults_of_celeba_files_are_named(tmp_path):
+    def fails(match):
+        with pytest.raises(UserError, match=match):
+            datasets.load(options(tmp_path, dataset="celeba-attr"))
+
+    fails("CelebA is not there.*img_align_celeba is missing.*polydigits")
+    folder = make_celeba(tmp_path, size=(64, 64)) / "celeba"
+    table, parts = folder / "list_attr_celeba.txt", folder / "list_eval_partition.txt"
+    good = table.read_text(), parts.read_text()
+    table.write_text(good[0].replace(" -1\n", "\n", 1))
+    fails("list_attr_celeba.txt: the row of 000002.png is not 40 times 1 or -1")
+    table.write_text(good[0].replace("000003.png 1", "000003.png 7"))
+    fails("the row of 000003.png is not 40 times 1 or -1")
+    table.write_text(good[0])
+    parts.write_text(good[1].replace("000004.png", "000044.png"))
+    fails("list_eval_partition.txt: names other pictures")
+    parts.write_text(good[1].replace(" 2", " 3"))
+    fails("list_eval_partition.txt: the parts must be 0, 1 and 2")
+    parts.write_text(good[1])
+    face = folder / "img_align_celeba" / "000005.png"
+    Image.new("RGB", (63, 64)).save(face)
+    fails(r"000005.png: is \(63, 64\), must be 178×218 or 64×64")
+    face.write_bytes(face.read_bytes()[:60])
+    fails("000005.png: is missing or damaged")
+    face.unlink()
+    fails("000005.png: is missing or damaged")
+
+
+# ------------------------------------------------------------------------------- CUB-Captions
+
+
+def make_cub(folder, n=4):
+    """A small CUB in the layout of Shi et al.: picture i has the features i, and captions that count
+    its wings; a rare word each, of which "often" is there four times."""
+    (folder / "cub" / "resnet101_2048").mkdir(parents=True)
+    for part, name in (("trainval", "train"), ("test", "test")):
+        lines = [f"this bird, has {i} wings{j} ." for i in range(n) for j in range(10)]
+        lines[:4] = ["often " * k for k in (1, 1, 2, 40)]
+        (folder / "cub" / f"text_{part}classes.txt").write_text("\n".join(lines) + "\n")
+        features = torch.arange(n).float()[:, None].expand(n, 2048).contiguous()
+        torch.save(features, folder / "cub" / "resnet101_2048" / f"{name}.ft")
+    return folder
+
+
+def test_captions_go_ten_to_a_picture(tmp_path):
+    data = datasets.load(options(make_cub(tmp_path), dataset="cub"))
+    caption = data.modalities[1]
+    words = ("often", "this", "bird", ",", "has", "1", "2", "3", "0", ".")
+    assert set(caption.alphabet[:3]) == {"<exc>", "<pad>", "<eos>"}
+    assert set(caption.alphabet[3:]) == {*words, *(f"wings{j}" for j in range(4, 10))}
+    assert (len(data.train), len(data.test)) == (40, 40)
+    x, _ = data.train.batch(torch.tensor([0, 2, 3, 17, 39]))
+    assert x["image"][:, 5].tolist() == [0, 0, 0, 1, 3]
+    shown = [[caption.alphabet[n] for n in row] for row in x["caption"].tolist()]
+    assert shown[0] == ["often", "<eos>"] + ["<pad>"] * 30
+    assert shown[2] == ["often"] * 31 + ["<eos>"]
+    assert shown[3][:7] == ["this", "bird", ",", "has", "1", "wings7", "."]
+
+
+def test_padding_counts_for_nothing(float64):
+    m = Modality("x", (5,), "categorical", categories=4, padding=1, network="mlp")
+    logits = torch.randn(3, 5, 4)
+    x = torch.tensor([[0, 2, 1, 1, 1], [3, 3, 3, 2, 0], [1, 1, 1, 1, 1]])
+    by_hand = logits.log_softmax(-1).gather(-1, x[..., None])[..., 0] * (x != 1)
+    torch.testing.assert_close(likelihood(m, logits).log_prob(x), by_hand.sum(-1))
+    assert generated(likelihood(m, logits)).equal(logits.argmax(-1))
+
+
+def test_faults_of_cub_files_are_named(tmp_path):
+    def fails(match):
+        with pytest.raises(UserError, match=match):
+            datasets.load(options(tmp_path, dataset="cub"))
+
+    fails("CUB is not there.*text_trainvalclasses.txt is missing.*polydigits")
+    folder = make_cub(tmp_path) / "cub"
+    features = folder / "resnet101_2048" / "train.ft"
+    good = features.read_bytes()
+    for damaged in (b"", good[:100], good[: len(good) // 2], b"some text"):
+        features.write_bytes(damaged)
+        fails("train.ft: is no saved tensor, or damaged")
+    for content in (torch.zeros(3, 2048), torch.zeros(4, 2047), {"x": 1}):
+        torch.save(content, features)
+        fails(r"train.ft: has .* for 40 captions, ten a picture")
+    features.unlink()
+    fails("resnet101_2048/train.ft is missing")
+
+
+# ------------------------------------------------------------------------------------ own data
+
+
+def arrays(**changed):
+    rng = np.random.default_rng(0)
+    content = {}
+    for part, n in (("train", 24), ("test", 12)):
+        labels = np.arange(n) % 3
+        content |= {
+            f"{part}/labels": labels,
+            f"{part}/photo": rng.integers(256, size=(n, 3, 9, 12), dtype=np.uint8),
+            f"{part}/sound": rng.normal(size=(n, 7)).astype(np.float32) + labels[:, None],
+            f"{part}/word": rng.integers(5, size=(n, 4)),
+        }
+    return {key: a for key, a in (content | changed).items() if a is not None}
+
+
+def test_a_files_arrays_become_modalities(tmp_path):
+    path = tmp_path / "own.npz"
+    np.savez(path, **arrays())
+    data = datasets.load(options(tmp_path, dataset=str(path)))
+    kinds = {m.name: (m.likelihood, m.shape, m.categories) for m in data.modalities}
+    assert kinds == {
+        "photo": ("laplace", (3, 9, 12), 0),
+        "sound": ("normal", (7,), 0),
+        "word": ("categorical", (4,), 5),
+    }
+    assert len(data.train) == 24 and len(data.test) == 12 and data.source == str(path)
+
+
+@pytest.mark.parametrize(
+    "changed, match",
+    [
+        ({"train/labels": None}, "must hold train/NAME, test/NAME, train/labels and test/labels"),
+        ({"test/sound": None}, "test has .'photo', 'word'., not the modalities' names"),
+        ({"test/word": np.zeros((12, 5), int)}, r"test/word is \(12, 5\), must be \(12, 4\)"),
+        ({"train/sound": np.zeros((23, 7))}, r"train/sound is \(23, 7\), must be \(24, 7\)"),
+        ({"train/word": np.full((24, 4), -1)}, "train/word must lie in 0 … 4"),
+        ({"train/labels": np.full(24, 0.5)}, "labels must be one whole number a tuple"),
+        ({"test/labels": np.full(12, -1)}, "labels must be one whole number a tuple"),
+        ({"train/sound": np.full((24, 7), "a")}, "train/sound is <U1, must be numbers"),
+        ({"train/a-b": np.zeros((24, 1)), "test/a-b": np.zeros((12, 1))}, "letters, digits and"),
+    ],
+)
+def test_faults_of_a_file_are_named(tmp_path, changed, match):
+    path = tmp_path / "own.npz"
+    np.savez(path, **arrays(**changed))
+    with pytest.raises(UserError, match=match):
+        datasets.load(options(tmp_path, dataset=str(path)))
+
+
+def test_a_file_that_is_none_is_named(tmp_path):
+    for content in (None, b"", b"some text", b"PK" + bytes(50)):
+        path = tmp_path / "own.npz"
+        if content is not None:
+            path.write_bytes(content)
+        with pytest.raises(UserError, match="own.npz: (there is no such|is no .npz) file"):
+            datasets.load(options(tmp_path, dataset=str(path)))
+    np.savez(path, **{"train/x": np.array([{}])})  # a pickle, which is never loaded
+    with pytest.raises(UserError, match=r"is no .npz file of arrays"):
+        datasets.load(options(tmp_path, dataset=str(path)))
+
+
+# ----------------------------------------------------------------------------- incomplete data
+
+
+def gaps(n, M, keep, seed=0):
+    tensors = {f"x{i}": torch.arange(n)[:, None] for i in range(M)}
+    split = datasets.Split(tensors, torch.zeros(n), dict.fromkeys(tensors, torch.arange(n)))
+    return datasets.with_gaps(split, keep, seed)
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.001, 0.3, 0.9])
+def test_each_modality_is_kept_with_its_probability_and_one_always(keep):
+    n, M = 20_000, 4
+    kept = gaps(n, M, keep).observed
+    assert kept.any(1).all()
+    share = keep + (1 - keep) ** M / M  # one of those that would have none
+    error = (share * (1 - share) / n) ** 0.5
+    assert (kept.double().mean(0) - share).abs().max() < 4 * error
+    assert kept.equal(gaps(n, M, keep).observed)
+    assert not kept.equal(gaps(n, M, keep, seed=1).observed)
+
+
+def test_a_batch_has_the_mask_of_its_rows():
+    split = gaps(50, 3, 0.5)
+    rows = torch.tensor([4, 7, 4])
+    assert split.batch(rows)[1].equal(split.observed[rows])
+
+
+def test_streams_of_incomplete_data_are_what_is_there():
+    split = datasets.with_streams(gaps(400, 3, 0.6), 0.5, 0)
+    whole, *single = split.streams
+    assert split.observed[whole].all() and 0 < len(whole) < 200
+    for i, rows in enumerate(single):
+        assert rows.equal(split.observed[:, i].nonzero()[:, 0])
+    order = datasets.epoch_order(split, 50, 0)
+    assert order.shape == (8, 200)
+    for stream, rows in zip(split.streams, order.split(50, 1), strict=True):
+        assert set(rows.flatten().tolist()) == set(stream.tolist())
+
+
+# -------------------------------------------------------------------------- training on each
+
+
+@pytest.fixture(scope="module")
+def small_files(tmp_path_factory):
+    """A data folder with every data set in small, in the official formats."""
+    folder = tmp_path_factory.mktemp("data")
+    make_mnist(folder)
+    make_mnist(folder, name="FashionMNIST")
+    make_svhn(folder)
+    make_celeba(folder, size=(64, 64))
+    make_cub(folder)
+    np.savez(folder / "own.npz", **arrays())
+    return folder
+
+
+NAMES = [name for name in datasets.LOADERS if name != "polydigits"]
+SOME = ["mnist-label", "mnist-split-3", "mnist-svhn-text"]  # these with every method
+
+
+@pytest.mark.parametrize(
+    "script, name",
+    [("mopoe", name) for name in [*NAMES, "own.npz"]]
+    + [(script, name) for script in ("mmvae", "mvae", "svae", "vaevae") for name in SOME],
+)
+def test_an_epoch_on_every_data_set(small_files, tmp_path, script, name):
+    dataset = str(small_files / name) if name.endswith(".npz") else name
+    argv = f"--dataset {dataset} --data-dir {small_files} --cache-dir {tmp_path} --no-eval"
+    argv += f" --runs-dir {tmp_path} --epochs 1 --latent-dim 4 --pairings 1"
+    argv += f" --batch-size {500 if 'digits' in name else 10}"
+    importlib.import_module(script).main([*argv.split(), *(["--K", "2"] * (script == "mmvae"))])
+    (run,) = tmp_path.glob(f"{Path(name).stem}__{script}__0__*")
+    model, modalities, args = evaluate.load_run(run)
+    data = datasets.load(args)
+    assert modalities == data.modalities
+    if name == "mnist-svhn-text":
+        evaluate.draw_samples(run / "samples", model, data)
+        assert (run / "samples" / "from_text.png").is_file()

@@ -11,28 +11,41 @@ from conftest import ROOT
 README = (ROOT / "README.md").read_text()
 
 
+FORK, FILE = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def python(folder, *arguments):
+    command = [sys.executable, *arguments]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def test_the_fork_of_readme_trains_and_evaluates(tmp_path):
     for file in ROOT.glob("*.py"):
         shutil.copy(file, tmp_path)
-    (block,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     script = (ROOT / "mopoe.py").read_text()
     head, tail = script.split("\n\n\ndef arguments", 1)
-    (tmp_path / "mymopoe.py").write_text(f"{head}\n\n{block}\n\ndef arguments{tail}")
-
-    def python(*arguments):
-        command = [sys.executable, *arguments]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+    (tmp_path / "mymopoe.py").write_text(f"{head}\n\n{FORK}\n\ndef arguments{tail}")
 
     assert "--dataset halves" in README
-    out = python("mymopoe.py", "--dataset", "halves")
+    out = python(tmp_path, "mymopoe.py", "--dataset", "halves")
     (run,) = (tmp_path / "runs").iterdir()
     assert run.name.startswith("halves__mymopoe__0__") and "joint coherence" in out
     results = (run / "results.json").read_text()
     assert json.loads(results)["latent_accuracy/left+right"] > 0.7
-    assert python("evaluate.py", f"runs/{run.name}") == out.split("run:")[0]
+    assert python(tmp_path, "evaluate.py", f"runs/{run.name}") == out.split("run:")[0]
     assert (run / "results.json").read_text() == results
+
+
+def test_the_file_of_readme_trains(tmp_path):
+    python(tmp_path, "-c", FILE)
+    (command,) = re.findall(r"^python (mopoe.py --dataset digits.npz .*)$", README, re.MULTILINE)
+    script, *options = command.split()
+    python(tmp_path, str(ROOT / script), *options, "--epochs", "1", "--no-eval")
+    (run,) = (tmp_path / "runs").iterdir()
+    *_, last = (run / "metrics.csv").read_text().splitlines()
+    assert run.name.startswith("digits__mopoe__0__") and last.startswith("1,")
 
 
 def test_every_test_that_readme_names_exists():

@@ -1,0 +1,92 @@
+"""The families of networks: shapes, sizes that do not divide, and that no example sees another."""
+
+import pytest
+import torch
+
+import common
+from common import NETWORKS, Modality, UserError
+
+IMAGES = {
+    "linear": (3, 5, 7),
+    "conv": (3, 28, 28),
+    "mnist": (1, 28, 28),
+    "mnist-sigmoid": (1, 28, 28),
+    "svhn": (3, 32, 32),
+    "svhn-sigmoid": (3, 32, 32),
+    "cub-features": (2048,),
+    "split": (1, 14, 28),
+    "mlp": (1, 8, 8),
+    "dcgan-28": (1, 28, 28),
+    "dcgan-50": (1, 50, 50),
+    "dcgan-64": (3, 64, 64),
+    "residual-image": (3, 64, 64),
+}
+MODALITIES = [Modality("x", shape, network=name) for name, shape in IMAGES.items()]
+MODALITIES += [
+    Modality("x", (1, 9, 28), network="split"),
+    Modality("x", (3, 16, 16), network="conv"),
+    Modality("x", (3, 19, 30), network="conv"),
+    Modality("x", (), "categorical", network="mlp", categories=10),
+    Modality("x", (8,), "categorical", network="text", categories=71),
+    Modality("x", (5,), "categorical", network="gru", categories=11),
+    Modality("x", (256,), "categorical", network="residual-text", categories=71),
+    Modality("x", (32,), "categorical", network="cub-caption", categories=50),
+]
+every_modality = pytest.mark.parametrize("m", MODALITIES, ids=lambda m: f"{m.network}{m.shape}")
+
+
+def test_every_family_is_tested():
+    assert {m.network for m in MODALITIES} == set(NETWORKS)
+
+
+@every_modality
+def test_shapes_and_no_example_sees_another(float64, m):
+    encoder, decoder = common.encoder(m, 6), common.decoder(m, 4)
+    x = torch.randn(3, *m.shape)
+    if m.categories:
+        x = torch.randint(m.categories, (3, *m.shape))
+    z = torch.randn(2, 3, 4)
+    h, parameters = encoder(x), decoder(z)
+    assert h.shape == (3, 6) and parameters.shape == (2, 3, *m.parameter_shape)
+    torch.testing.assert_close(encoder(x[1:2]), h[1:2])
+    torch.testing.assert_close(decoder(z[1, 2]), parameters[1, 2])
+
+
+@pytest.mark.parametrize("name", ["conv", "svhn", "text"])
+def test_data_that_a_family_cannot_take_are_one_line(name):
+    for shape in ((4,), (3, 2), (1, 2, 28)):
+        for make in (common.encoder, common.decoder):
+            if name == "conv" and len(shape) > 1:
+                continue  # halves anything
+            with pytest.raises(UserError, match=f"modality 'x': network '{name}' needs"):
+                make(Modality("x", shape, network=name), 5)
+
+
+def test_layers_of_the_convolutions():
+    """Those that Sutter et al. print for PolyMNIST, there and back."""
+    m = Modality("x", (3, 28, 28), network="conv")
+    there = [p.shape for p in common.encoder(m, 1024).parameters() if p.ndim > 1]
+    back = [p.shape for p in common.decoder(m, 512).parameters() if p.ndim > 1]
+    assert there == [(32, 3, 3, 3), (64, 32, 3, 3), (128, 64, 3, 3), (512, 2048), (1024, 512)]
+    assert back == [(2048, 512), (128, 64, 3, 3), (64, 32, 3, 3), (32, 3, 3, 3)]
+
+
+def test_a_family_with_a_norm_has_it_between_the_layers_only():
+    m = Modality("x", (1, 28, 28), network="dcgan-28")
+    kinds = [type(layer).__name__ for layer in common.encoder(m, 8)]
+    assert kinds[:5] == ["Conv2d", "SiLU", "Conv2d", "GroupNorm", "SiLU"]
+    kinds = [type(layer).__name__ for layer in common.decoder(m, 8).net]
+    assert kinds[-4:] == ["ConvTranspose2d", "GroupNorm", "SiLU", "ConvTranspose2d"]
+
+
+def test_the_strings_decoder_goes_by_its_own_symbols():
+    """The logits of a place depend on z and on the most likely symbols before, on nothing else."""
+    torch.manual_seed(0)
+    m = Modality("x", (5,), "categorical", network="gru", categories=11)
+    decoder = common.decoder(m, 4)
+    z = torch.randn(50, 4)
+    logits = decoder(z)
+    assert len(logits.argmax(-1).unique(dim=0)) > 1
+    with torch.no_grad():
+        decoder.net.embedding.weight[11] += 1.0  # the symbol that begins
+    assert not decoder(z)[:, 0].equal(logits[:, 0])
