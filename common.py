@@ -718,10 +718,10 @@ class Residual(nn.Module):
     """2 f(x) + 0.3 g(x), g of two convolutions, each after a norm and a ReLU (the released code of
     Sutter et al. 2021)."""
 
-    def __init__(self, conv, norm, inner, outer, *geometry, **padding):
+    def __init__(self, conv, inner, outer, *geometry, **padding):
         super().__init__()
-        self.f = nn.Sequential(conv(inner, outer, *geometry, **padding), norm(outer))
-        before = norm(inner), nn.ReLU(), conv(inner, inner, 1), norm(inner), nn.ReLU()
+        self.f = nn.Sequential(conv(inner, outer, *geometry, **padding), group_norm(outer))
+        before = group_norm(inner), nn.ReLU(), conv(inner, inner, 1), group_norm(inner), nn.ReLU()
         self.g = nn.Sequential(*before, conv(inner, outer, *geometry, **padding))
 
     def forward(self, x):
@@ -738,7 +738,7 @@ def hidden_layers(widths, activation):
     return [layer for n, m in pairs for layer in (nn.Linear(n, m), activation())]
 
 
-def perceptron(there=(), back=(), activation=nn.ReLU, last=None):
+def perceptron(there=(), back=(), activation=nn.ReLU, last=nn.Identity):
     """A family of fully connected networks, with these widths of the encoder's and the decoder's
     hidden layers; without any it is one affine layer each way. `last` ends the decoder."""
 
@@ -750,92 +750,81 @@ def perceptron(there=(), back=(), activation=nn.ReLU, last=None):
     def decoder(modality, latent_dim, hidden):
         widths, shape = [latent_dim, *back], modality.parameter_shape
         net = *hidden_layers(widths, activation), nn.Linear(widths[-1], math.prod(shape))
-        return nn.Sequential(*net, *([last()] if last else []), nn.Unflatten(1, shape))
+        return nn.Sequential(*net, last(), nn.Unflatten(1, shape))
 
     return encoder, decoder
 
 
+def block(activation=nn.ReLU, norm=nn.Identity, **options):
+    """A convolution and what follows it, as a function of its class, channels and geometry."""
+
+    def build(conv, n, m, *geometry, **padding):
+        return nn.Sequential(conv(n, m, *geometry, **padding, **options), norm(m), activation())
+
+    return build
+
+
+relu = block()
+
+
+def sizes(modality, layers):
+    """What `convolutions` make of a modality: (channels, *size) of the data and behind each layer,
+    and how much of each size a layer's stride leaves over."""
+    symbols = modality.likelihood == "categorical"
+    found, over = [(modality.categories, *modality.shape) if symbols else modality.shape], []
+    for width, *geometry in layers:
+        kernel, stride, padding = map(np.array, geometry)
+        steps, left = divmod(np.array(found[-1][1:], int) + 2 * padding - kernel, stride)
+        found.append((width, *(steps + 1).tolist()))
+        over.append(tuple(left.tolist()))
+    if len(found[0]) not in (2, 3) or min(found[-1]) < 1:
+        raise UserError(
+            f"modality {modality.name!r}: network {modality.network!r} needs larger images "
+            f"(channels, height, width) or texts, not {modality.likelihood} {modality.shape}"
+        )
+    return found, over
+
+
 def convolutions(
     *layers,
+    inner=relu,
+    first=None,
     dense=True,
     back=False,
     activation=nn.ReLU,
-    norm=None,
-    norm_first=False,
-    residual=False,
-    bias=True,
-    last=None,
+    last=nn.Identity,
 ):
     """A family of convolutions (channels, kernel, stride, padding) over images or symbols.
 
-    The decoder has the same layers transposed, in reverse. `dense` puts a fully connected layer
-    behind the encoder's, `back` one before the decoder's; `norm` comes after every layer but those
-    next to the data, with `norm_first` after the encoder's first as well; with `residual` all but these are residual blocks. `last` ends the decoder.
+    The decoder has the same layers transposed, in reverse. All are `inner` blocks but the decoder's
+    last, a convolution alone, and, if it differs, the encoder's `first`. `dense` puts a fully
+    connected layer behind the encoder's, `back` one before the decoder's; `last` ends the decoder.
     """
 
-    def along(size, geometry):
-        """(n, kernel, stride, padding) for each dimension n of a size."""
-        geometry = [g if isinstance(g, tuple) else (g,) * len(size) for g in geometry]
-        return zip(size, *geometry, strict=True)
-
-    def shapes(modality):
-        """(channels, *size) of the data and of each layer's output."""
-        symbols = modality.likelihood == "categorical"
-        found = [(modality.categories, *modality.shape) if symbols else modality.shape]
-        for width, *geometry in layers:
-            size = [
-                (n + 2 * padding - kernel) // stride + 1
-                for n, kernel, stride, padding in along(found[-1][1:], geometry)
-            ]
-            found.append((width, *size))
-        if len(found[0]) not in (2, 3) or min(found[-1]) < 1:
-            raise UserError(
-                f"modality {modality.name!r}: network {modality.network!r} needs larger images "
-                f"(channels, height, width) or texts, not {modality.likelihood} {modality.shape}"
-            )
-        return found
-
     def encoder(modality, out_dim, hidden):
-        found, net = shapes(modality), []
-        if modality.likelihood == "categorical":
-            net = [Symbols(modality.categories)]
+        found, _ = sizes(modality, layers)
         conv = nn.Conv1d if len(found[0]) == 2 else nn.Conv2d
-        for i, (before, after, (_, *geometry)) in enumerate(zip(found, found[1:], layers)):
-            if residual and i:
-                net += [Residual(conv, norm, before[0], after[0], *geometry)]
-                continue
-            net += [conv(before[0], after[0], *geometry, bias=bias)]
-            net += [norm(after[0])] if norm and (i or norm_first) else []
-            net += [] if residual else [activation()]
+        net = [Symbols(modality.categories)] if modality.likelihood == "categorical" else []
+        for i, (_, *geometry) in enumerate(layers):
+            build = inner if i or first is None else first
+            net.append(build(conv, found[i][0], found[i + 1][0], *geometry))
         widths = [math.prod(found[-1])] + [hidden] * dense
         net += [nn.Flatten(), *hidden_layers(widths, activation), nn.Linear(widths[-1], out_dim)]
         return nn.Sequential(*net)
 
     def decoder(modality, latent_dim, hidden):
-        found = shapes(modality)
-        net = hidden_layers([latent_dim] + [hidden] * back, activation)
-        net += [nn.Linear(hidden if back else latent_dim, math.prod(found[-1]))]
-        net += [] if residual else [activation()]
-        net += [nn.Unflatten(1, found[-1])]
+        found, over = sizes(modality, layers)
         conv = nn.ConvTranspose1d if len(found[0]) == 2 else nn.ConvTranspose2d
+        widths = [latent_dim] + [hidden] * back + [math.prod(found[-1])]
+        net = [*hidden_layers(widths, activation), nn.Unflatten(1, found[-1])]
         for i, (_, *geometry) in reversed(list(enumerate(layers))):
-            after, before = found[i], found[i + 1]
-            # What a stride skips over, without which the way back would end smaller.
-            least = [
-                (n - 1) * stride - 2 * padding + kernel
-                for n, kernel, stride, padding in along(before[1:], geometry)
-            ]
-            skipped = tuple(n - m for n, m in zip(after[1:], least, strict=True))
-            if residual and i:
-                block = Residual(conv, norm, before[0], after[0], *geometry, output_padding=skipped)
-                net += [block]
-                continue
-            net += [conv(before[0], after[0], *geometry, output_padding=skipped, bias=bias)]
-            net += [norm(after[0])] if norm and i else []
-            net += [activation()] if i else []
+            build = inner if i else lambda conv, *geometry, **padding: conv(*geometry, **padding)
+            # Without what a stride leaves over, the way back would end smaller.
+            channels = found[i + 1][0], found[i][0]
+            net.append(build(conv, *channels, *geometry, output_padding=over[i]))
         if modality.likelihood == "categorical":
-            net += [Symbols(modality.categories, backwards=True)]
-        return nn.Sequential(*net, *([last()] if last else []))
+            net.append(Symbols(modality.categories, backwards=True))
+        return nn.Sequential(*net, last())
 
     return encoder, decoder
 
@@ -913,64 +902,47 @@ class GRUDecoder(nn.Module):
         return torch.stack(logits, 1)
 
 
-conv4 = functools.partial(convolutions, activation=nn.SiLU, norm=group_norm)
+def halving(*widths):
+    """Layers that halve the size, of these channels."""
+    return [(width, 4, 2, 1) for width in widths]
+
+
+normed_swish = block(nn.SiLU, group_norm)
+swish = dict(inner=normed_swish, first=block(nn.SiLU), activation=nn.SiLU)
+residual = dict(inner=Residual, first=block(nn.Identity), dense=False, activation=nn.Identity)
 # A family is a pair (encoder, decoder); own networks are one more entry.
 NETWORKS = {
     "linear": perceptron(),
     # PolyMNIST and MNIST-SVHN-Text of Sutter et al. 2021, from the released code
     "conv": convolutions((32, 3, 2, 1), (64, 3, 2, 1), (128, 3, 2, 1)),
     "mnist": perceptron((400,), (400,)),
-    "svhn": convolutions((32, 4, 2, 1), (64, 4, 2, 1), (64, 4, 2, 1), (128, 4, 2, 0), dense=False),
+    "svhn": convolutions(*halving(32, 64, 64), (128, 4, 2, 0), dense=False),
     "text": convolutions((128, 1, 1, 0), (128, 4, 2, 1), (128, 4, 2, 0), dense=False),
     # Shi et al. 2019, Table 6; (d) with vectors of 128 in place of 256, which would end in 4×8
     "mnist-sigmoid": perceptron((400,), (400,), last=nn.Sigmoid),
-    "svhn-sigmoid": convolutions(
-        (32, 4, 2, 1), (64, 4, 2, 1), (128, 4, 2, 1), dense=False, last=nn.Sigmoid
-    ),
+    "svhn-sigmoid": convolutions(*halving(32, 64, 128), dense=False, last=nn.Sigmoid),
     "cub-features": perceptron((1024, 512, 256), (256, 512, 1024), nn.ELU),
     "cub-caption": sentences(
         128,
-        (32, 4, 2, 1),
-        (64, 4, 2, 1),
-        (128, 4, 2, 1),
+        *halving(32, 64, 128),
         (256, (1, 4), (1, 2), (0, 1)),
         (512, (1, 4), (1, 2), (0, 1)),
+        inner=block(norm=group_norm),
         dense=False,
-        norm=group_norm,
-        norm_first=True,
     ),
     # Kutuzova et al. 2021, Tables F.2 and F.7
-    "split": (
-        convolutions((64, 4, 2, 1), (128, 4, 2, 1), (256, 4, 2, 1), bias=False)[0],
-        split_decoder,
-    ),
+    "split": (convolutions(*halving(64, 128, 256), inner=block(bias=False))[0], split_decoder),
     # Wu & Goodman 2018, supplement, in the widths of the released code
     "mlp": perceptron((512, 512), (512, 512, 512), nn.SiLU),
-    "dcgan-28": conv4((64, 4, 2, 1), (128, 4, 2, 1), back=True),
-    "dcgan-50": conv4((32, 4, 2, 1), (64, 4, 2, 1), (128, 4, 2, 1), (256, 4, 2, 0)),
-    "dcgan-64": conv4((32, 4, 2, 1), (64, 4, 2, 1), (128, 4, 2, 1), (256, 4, 1, 0)),
+    "dcgan-28": convolutions(*halving(64, 128), back=True, **swish),
+    "dcgan-50": convolutions(*halving(32, 64, 128), (256, 4, 2, 0), **swish),
+    "dcgan-64": convolutions(*halving(32, 64, 128), (256, 4, 1, 0), **swish),
     "gru": (GRUEncoder, GRUDecoder),
     # CelebA of Sutter et al. 2021, App. E, in the widths of the released code
     "residual-image": convolutions(
-        (128, 3, 2, 1),
-        (256, 4, 2, 1),
-        (384, 4, 2, 1),
-        (512, 4, 2, 1),
-        (640, 4, 2, 0),
-        dense=False,
-        residual=True,
-        norm=group_norm,
+        (128, 3, 2, 1), *halving(256, 384, 512), (640, 4, 2, 0), **residual
     ),
     "residual-text": convolutions(
-        (128, 4, 2, 1),
-        (256, 4, 2, 1),
-        (384, 4, 2, 1),
-        (512, 4, 2, 1),
-        (640, 4, 2, 1),
-        (640, 4, 2, 1),
-        (640, 4, 2, 0),
-        dense=False,
-        residual=True,
-        norm=group_norm,
+        *halving(128, 256, 384, 512, 640, 640), (640, 4, 2, 0), **residual
     ),
 }

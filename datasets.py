@@ -33,13 +33,46 @@ from sklearn.model_selection import train_test_split
 
 from common import Modality, UserError, replace
 
+# What the papers that have a data set train it with, wherever a method has no setting of its own.
+MVAE_ON_MNIST = dict(epochs=500, batch_size=100, lr=1e-3, latent_dim=64)
+MVAE_ON_CELEBA = dict(epochs=100, batch_size=100, lr=1e-4, latent_dim=100)
+MOPOE_ON_SVHN = dict(epochs=150, batch_size=256, lr=1e-3, latent_dim=20, beta=5.0)
+OWN_ON_DIGITS = dict(epochs=100, batch_size=64, lr=1e-3, latent_dim=16)
+SETTINGS = {
+    "polydigits": dict(epochs=30, batch_size=64, lr=2e-3, latent_dim=32),  # tuned here
+    # Sutter et al. 2021, App. D.2, C.2 and E.2; the released scripts have lr 5e-4 on PolyMNIST, and
+    # 200 epochs and β 2.5 on MNIST-SVHN-Text.
+    "polymnist": dict(epochs=300, batch_size=256, lr=1e-3, latent_dim=512, beta=2.5),
+    "mnist-svhn-text": MOPOE_ON_SVHN,
+    "mnist-svhn": MOPOE_ON_SVHN,
+    "celeba-text": dict(epochs=200, batch_size=256, lr=5e-4, latent_dim=64, beta=2.5),
+    # Kutuzova et al. 2021, App. F.
+    "mnist-split": dict(epochs=200, batch_size=128, lr=2e-4, latent_dim=64),
+    "mnist-split-3": dict(epochs=50, batch_size=128, lr=2e-4, latent_dim=64),
+    # Wu & Goodman 2018, supplement, Section 1.
+    "mnist-label": MVAE_ON_MNIST,
+    "binary-mnist-label": MVAE_ON_MNIST,
+    "fashion-label": MVAE_ON_MNIST,
+    "multimnist": MVAE_ON_MNIST | dict(latent_dim=100),
+    "celeba-attr": MVAE_ON_CELEBA,
+    "celeba19": MVAE_ON_CELEBA,
+    "cub": dict(epochs=50, batch_size=64, lr=1e-3, latent_dim=64),  # Shi et al. 2019, App. F
+    "digits-label": OWN_ON_DIGITS,
+    "digits-split": OWN_ON_DIGITS,
+}
+
+
+def settings(own):
+    """SETTINGS with a method's own values over them: {data set: {option: value}} each."""
+    return {name: theirs | own.get(name, {}) for name, theirs in SETTINGS.items()}
+
 
 @dataclass(frozen=True)
 class Split:
-    """Tuples of all modalities: tensors[name] (n, *shape), labels (N,), and for each modality the
-    row of tensors[name] that belongs to each tuple, index[name] (N,). observed (N, M) is False where
-    a modality is missing, None where none is. Where there are streams (see `with_streams`), a batch
-    is an equal number of rows of each."""
+    """Tuples of all modalities: tensors[name] (n, *shape), labels (N,) or attributes (N, A), and for
+    each modality the row of tensors[name] that belongs to each tuple, index[name] (N,). observed
+    (N, M) is False where a modality is missing, None where none is. Where there are streams (see
+    `with_streams`), a batch is an equal number of rows of each."""
 
     tensors: dict[str, torch.Tensor]
     labels: torch.Tensor
@@ -89,20 +122,28 @@ def from_tensors(train, test, modalities, source="tensors"):
     integer labels (N,) from 0 on. With a third, the index {name: (N,)}, tensors hold each example
     once and the index says which belongs to a tuple. Raises UserError where they do not fit the
     modalities."""
-    splits = []
+    splits, names = [], {m.name for m in modalities}
     for part, (tensors, labels, *index) in (("train", train), ("test", test)):
         labels = torch.as_tensor(labels).long()
-        rows = dict.fromkeys((m.name for m in modalities), torch.arange(len(labels)))
-        rows |= {name: torch.as_tensor(i) for given in index for name, i in given.items()}
-        if tensors.keys() != {m.name for m in modalities}:
-            raise UserError(f"{source}: {part} has {sorted(tensors)}, not the modalities' names")
+        if not len(labels):
+            raise UserError(f"{source}: {part} is empty")
+        rows = dict.fromkeys(names, torch.arange(len(labels)))
+        rows |= {name: torch.as_tensor(i).long() for given in index for name, i in given.items()}
+        for found in (tensors.keys(), rows.keys()):
+            if found != names:
+                raise UserError(f"{source}: {part} has {sorted(found)}, not the modalities' names")
         tensors = {m.name: torch.as_tensor(tensors[m.name]).contiguous() for m in modalities}
         for m in modalities:
-            t = tensors[m.name]
+            t, i = tensors[m.name], rows[m.name]
             expected = (len(t) if index else len(labels), *m.shape)
             if tuple(t.shape) != expected:
                 raise UserError(
                     f"{source}: {part}/{m.name} is {tuple(t.shape)}, must be {expected}"
+                )
+            if i.shape != labels.shape[:1] or i.min() < 0 or i.max() >= len(t):
+                raise UserError(
+                    f"{source}: {part}'s index of {m.name} must have {len(labels)} numbers below "
+                    f"{len(t)}, one a tuple"
                 )
             if m.likelihood == "categorical":
                 tensors[m.name] = t = t.long()
@@ -149,8 +190,8 @@ def with_streams(split, supervision, seed):
     if not all(map(len, streams)):
         keep = "" if split.observed is None else " and --keep"
         raise UserError(
-            f"--supervision {supervision}{keep}: leaves {len(complete)} of {len(split)} tuples complete, "
-            f"and {', '.join(str(len(rows)) for rows in streams[1:])} examples of the modalities"
+            f"--supervision {supervision}{keep}: leaves {len(complete)} of {len(split)} tuples "
+            f"complete, and {', '.join(map(str, map(len, streams[1:])))} examples of the modalities"
         )
     return dataclasses.replace(split, streams=streams)
 
@@ -313,12 +354,13 @@ def polymnist(args):
             return authors_polymnist(place, args.cache_dir)
     if args.backgrounds:
         backgrounds = folder_backgrounds(args.backgrounds, 28)
-        source = f"MNIST on the {len(backgrounds)} pictures of {args.backgrounds}"
+        scene = f"the {len(backgrounds)} pictures of {args.backgrounds}"
     else:
         backgrounds = sample_backgrounds()
-        source = "MNIST on scikit-learn's photographs and generated backgrounds"
-    parts = [(images > 128, labels, 1) for images, labels in mnist(root, "MNIST")]
-    return poly_data(parts, backgrounds, args.data_seed, source)
+        scene = "scikit-learn's photographs and generated backgrounds"
+    parts, which = mnist(root, "MNIST")
+    parts = [(images > 128, labels, 1) for images, labels in parts]
+    return poly_data(parts, backgrounds, args.data_seed, f"{which} on {scene}")
 
 
 def authors_polymnist(place, cache_dir):
@@ -418,9 +460,27 @@ def download_polymnist(root):
 # --------------------------------------------------------------------------------------- MNIST
 
 
+# MD5 of the uncompressed files, training images and labels, test images and labels.
+OFFICIAL = {
+    "MNIST": (
+        "6bbc9ace898e44ae57da46a324031adb",
+        "a25bea736e30d166cdddb491f175f624",
+        "2646ac647ad5339dbf082846283269ea",
+        "27ae3e4e09519cfbb04c329615203637",
+    ),
+    "FashionMNIST": (
+        "f4a8712d7a061bf5bd6d2ca38dc4d50a",
+        "9018921c3c673c538a1fc5bad174d6f9",
+        "8181f5470baa50b63fa0f6fddb340f0a",
+        "15d484375f8d13e6eb1aabb0c3f46965",
+    ),
+}
+
+
 def mnist(root, name):
     """((train images, labels), (test images, labels)) of MNIST or FashionMNIST as uint8 and int64
-    arrays; downloaded by torchvision, which checks the MD5 sums, where the files are absent."""
+    arrays, and a word on which files these are; downloaded by torchvision, which checks the MD5
+    sums, where the files are absent."""
     dataset = getattr(torchvision.datasets, name)
     raw = root / name / "raw"
     if not raw.is_dir():
@@ -431,17 +491,24 @@ def mnist(root, name):
                 f"--data-dir {root}: {name} is not there and cannot be downloaded; put its four "
                 f"idx files into {raw}, or try --dataset polydigits, which needs no files"
             ) from None
-    parts = []
+    parts, found = [], []
     for part, train in (("train", True), ("t10k", False)):
-        images = read_idx_header(raw / f"{part}-images-idx3-ubyte", 2051)
-        labels = read_idx_header(raw / f"{part}-labels-idx1-ubyte", 2049)
+        files = raw / f"{part}-images-idx3-ubyte", raw / f"{part}-labels-idx1-ubyte"
+        images, labels = map(read_idx_header, files, (2051, 2049))
         if images[1:] != (28, 28) or images[0] != labels[0]:
             raise UserError(f"{raw}: {part} has images of {images} for {labels} labels")
         split = dataset(root, train=train)
         if split.targets.max() > 9:
-            raise UserError(f"{raw}/{part}-labels-idx1-ubyte: has a label above 9")
+            raise UserError(f"{files[1]}: has a label above 9")
         parts.append((split.data.numpy(), split.targets.numpy()))
-    return parts
+        found += [hashlib.md5(path.read_bytes()).hexdigest() for path in files]
+    return parts, named(name, [len(x) for x, _ in parts], tuple(found) == OFFICIAL[name])
+
+
+def named(name, sizes, official):
+    """What to call files of this many training and test examples, official or not."""
+    train, test = sizes
+    return name if official else f"files in {name}'s format, not the official ({train:,}, {test:,})"
 
 
 def read_idx_header(path, magic):
@@ -467,15 +534,15 @@ def read_idx_header(path, magic):
 
 def mnist_split(args):
     """MNIST's upper and lower halves (Kutuzova et al. 2021, Section 4)."""
-    parts = mnist(Path(args.data_dir), "MNIST")
-    return strips(parts, ("top", "bottom"), "split", "MNIST in halves")
+    parts, which = mnist(Path(args.data_dir), "MNIST")
+    return strips(parts, ("top", "bottom"), "split", f"{which} in halves")
 
 
 def mnist_split_3(args):
     """MNIST's upper, middle and lower thirds, of nine rows; the first row, black in all but two of
     the training images, is left out."""
-    parts = mnist(Path(args.data_dir), "MNIST")
-    return strips(parts, ("top", "middle", "bottom"), "split", "MNIST in thirds")
+    parts, which = mnist(Path(args.data_dir), "MNIST")
+    return strips(parts, ("top", "middle", "bottom"), "split", f"{which} in thirds")
 
 
 def digits_split(args):
@@ -498,22 +565,23 @@ def strips(parts, names, network, source):
 
 def mnist_label(args):
     """MNIST and its labels (Wu & Goodman 2018)."""
-    parts = for_training(mnist(Path(args.data_dir), "MNIST"))
-    return labelled(parts, "mlp", "MNIST's first 50,000 training images")
+    parts, source = for_training(*mnist(Path(args.data_dir), "MNIST"))
+    return labelled(parts, "mlp", source)
 
 
 def binary_mnist_label(args):
     """The same, every pixel black or white, once and for all drawn with its brightness."""
-    rng, parts = np.random.default_rng(args.data_seed), []
-    for x, labels in for_training(mnist(Path(args.data_dir), "MNIST")):
-        parts.append((np.uint8(255) * (rng.integers(255, size=x.shape) < x), labels))
-    return labelled(parts, "mlp", "MNIST's first 50,000 training images, pixels drawn")
+    parts, source = for_training(*mnist(Path(args.data_dir), "MNIST"))
+    rng, drawn = np.random.default_rng(args.data_seed), []
+    for x, labels in parts:
+        drawn.append((np.uint8(255) * (rng.integers(255, size=x.shape) < x), labels))
+    return labelled(drawn, "mlp", f"{source}, pixels drawn")
 
 
 def fashion_label(args):
     """FashionMNIST and its labels (Wu & Goodman 2018)."""
-    parts = for_training(mnist(Path(args.data_dir), "FashionMNIST"))
-    return labelled(parts, "dcgan-28", "FashionMNIST's first 50,000 training images")
+    parts, source = for_training(*mnist(Path(args.data_dir), "FashionMNIST"))
+    return labelled(parts, "dcgan-28", source)
 
 
 def digits_label(args):
@@ -521,10 +589,11 @@ def digits_label(args):
     return labelled(small_digits(), "mlp", "scikit-learn's digits")
 
 
-def for_training(parts):
+def for_training(parts, which):
     """Leaves the last 10,000 training images to validation (Wu & Goodman 2018, supplement)."""
     (x, labels), test = parts
-    return (x[:50_000], labels[:50_000]), test
+    source = f"{which}, of which the first 50,000 images train"
+    return ((x[:50_000], labels[:50_000]), test), source
 
 
 def small_digits():
@@ -565,7 +634,7 @@ def digit_pairs(args, networks):
     """Data of MNIST, SVHN and names, of at most 10,000 examples of a digit; the test set is paired
     once. λ is the ratio of dimensions to SVHN's (Sutter et al. 2021, App. B)."""
     root = Path(args.data_dir)
-    (second, which), mnist_parts = svhn(root), mnist(root, "MNIST")
+    (second, which), (mnist_parts, of_mnist) = svhn(root), mnist(root, "MNIST")
     places = np.array([9 - len(name) for name in DIGIT_NAMES])  # a name may begin at 0 … 8 - length
     written = [(" " * i + DIGIT_NAMES[d]).ljust(8) for d in range(10) for i in range(places[d])]
     texts = np.array([[ALPHABET.index(symbol) for symbol in text] for text in written])
@@ -598,7 +667,7 @@ def digit_pairs(args, networks):
         tensors = {"mnist": x[:, None], "svhn": y, "text": texts}
         index = {"mnist": a, "svhn": b, "text": text}
         splits.append(({n: tensors[n] for n in networks}, labels, {n: index[n] for n in networks}))
-    return from_tensors(*splits, modalities, f"MNIST with {which}, {args.pairings} pairings")
+    return from_tensors(*splits, modalities, f"{of_mnist} with {which}, {args.pairings} pairings")
 
 
 def svhn(root):
@@ -628,16 +697,16 @@ def svhn(root):
         if set(np.unique(y)) != set(range(1, 11)):
             raise UserError(f"{path}: must have each of the labels 1 … 10, has {np.unique(y)}")
         parts.append((np.ascontiguousarray(x.transpose(3, 2, 0, 1)), y.astype(np.int64) % 10))
-    sizes = f"{len(parts[0][0]):,} and {len(parts[1][0]):,}"
-    return parts, "SVHN" if official else f"files in SVHN's format, not the official ({sizes})"
+    return parts, named("SVHN", [len(x) for x, _ in parts], official)
 
 
 def multimnist(args):
     """Canvases of 50×50 with 0 to 4 digits, each in its own quarter, and the string that they make
     from the upper left to the lower right (Wu & Goodman 2018, supplement). The number is drawn
-    first, then the quarters and the digits, which are enlarged and cut to 25×25."""
+    first, then the quarters and the digits, whose outer rows and columns are cut to 25×25."""
+    parts, which = mnist(Path(args.data_dir), "MNIST")
     splits = []
-    for part, (images, labels) in enumerate(mnist(Path(args.data_dir), "MNIST")):
+    for part, (images, labels) in enumerate(parts):
         rng, n = np.random.default_rng((args.data_seed, part)), len(images)
         number = rng.integers(5, size=n)
         # Quarters in random order, of which the first `number` have a digit.
@@ -655,7 +724,7 @@ def multimnist(args):
         Modality("image", (1, 50, 50), "bernoulli", network="dcgan-50"),
         Modality("text", (5,), "categorical", network="gru", **kind),
     ]
-    return from_tensors(*splits, modalities, "canvases made from MNIST")
+    return from_tensors(*splits, modalities, f"canvases made from {which}")
 
 
 # -------------------------------------------------------------------------------------- CelebA
@@ -718,6 +787,14 @@ def celeba19(args):
     return from_tensors(*splits, modalities, source)
 
 
+def lines_of(path):
+    """The lines of a text file."""
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: is no text") from None
+
+
 def celeba(args):
     """The training and the test images (N, 3, 64, 64) in uint8, their attributes (N, 40) of 0 and
     1, the attributes' names, and a word on which files these are. Decoded once, then cached."""
@@ -727,17 +804,21 @@ def celeba(args):
     for path in (pictures, *tables):
         if not path.exists():
             raise UserError(
-                f"--data-dir {args.data_dir}: CelebA is not there, and is not downloaded; put img_align_celeba, "
-                f"{tables[0].name} and {tables[1].name} into {root} ({path.name} is missing), or "
-                "try --dataset polydigits, which needs no files"
+                f"--data-dir {args.data_dir}: CelebA is not there, and is not downloaded; put "
+                f"{pictures.name}, {tables[0].name} and {tables[1].name} into {root} "
+                f"({path.name} is missing), or try --dataset polydigits, which needs no files"
             )
-    header, *rows = (line.split() for line in tables[0].read_text().splitlines()[1:])
+    rows, parts = ([line.split() for line in lines_of(path) if line.strip()] for path in tables)
+    header, rows = (rows[1:2] or [[]])[0], rows[2:]
+    absent = [name for name in ATTRIBUTES.split() if name not in header]
+    if absent or not set("".join(header).lower()) <= set(ALPHABET):
+        among = ", among them " + ", ".join(absent) if absent else ""
+        raise UserError(f"{tables[0]}: the second line must name attributes, in ASCII{among}")
     for row in rows:
         if len(row) != 1 + len(header) or not set(row[1:]) <= {"1", "-1"}:
             raise UserError(f"{tables[0]}: the row of {row[0]} is not {len(header)} times 1 or -1")
-    parts = [line.split() for line in tables[1].read_text().splitlines()]
-    if [row[0] for row in rows] != [name for name, *_ in parts]:
-        raise UserError(f"{tables[1]}: names other pictures than {tables[0].name}")
+    if [(row[0], 2) for row in rows] != [(row[0], len(row)) for row in parts]:
+        raise UserError(f"{tables[1]}: must have each picture of {tables[0].name} and its part")
     if not {"0", "2"} <= {part for _, part in parts} <= {"0", "1", "2"}:
         raise UserError(f"{tables[1]}: the parts must be 0, 1 and 2, training and test among them")
     attributes = np.array([row[1:] for row in rows]) == "1"
@@ -760,7 +841,9 @@ def celeba(args):
     key = [str(pictures.resolve()), status.st_mtime, len(parts)]
     images = cached(args.cache_dir, "celeba", key, decode)["faces"]
     chosen = [np.array([part == p for _, part in parts]) for p in ("0", "2")]
-    source = "CelebA" if len(parts) == 202_599 else f"{len(parts):,} of CelebA's faces"
+    md5s = {name: md5 for _, md5, name in torchvision.datasets.CelebA.file_list}
+    found = {path.name: hashlib.md5(path.read_bytes()).hexdigest() for path in tables}
+    source = named("CelebA", [rows.sum() for rows in chosen], found.items() <= md5s.items())
     images, attributes = ([a[rows] for rows in chosen] for a in (images, attributes))
     return images, attributes, header, source
 
@@ -769,9 +852,10 @@ def celeba(args):
 
 
 def cub(args):
-    """ResNet-101 features of birds and ten captions of each (Shi et al. 2019), in the layout of their
-    code: text_trainvalclasses.txt and text_testclasses.txt, ten lines a picture, and the features
-    (N, 2048) in the same order, resnet101_2048/train.ft and test.ft, tensors saved by PyTorch.
+    """ResNet-101 features of birds and ten captions of each (Shi et al. 2019), in the layout of
+    their code: text_trainvalclasses.txt and text_testclasses.txt, ten lines a picture, and the
+    features (N, 2048) in the same order, resnet101_2048/train.ft and test.ft, tensors saved by
+    PyTorch.
 
     A caption has 32 places: up to 31 words, "<eos>" and padding. Words that the training captions
     have no more than three times are "<exc>".
@@ -788,7 +872,7 @@ def cub(args):
             )
     captions, features = [], []
     for text, tensor in zip(texts, tensors, strict=True):
-        lines = text.read_text(encoding="utf-8").splitlines()
+        lines = lines_of(text)
         captions.append([re.findall(r"\w+(?:['-]\w+)*|[^\w\s]", line) for line in lines])
         try:
             features.append(torch.load(tensor, map_location="cpu", weights_only=True))
@@ -811,7 +895,8 @@ def cub(args):
         Modality("image", (2048,), scale=0.01, weight=0.002, network="cub-features"),
         Modality("caption", (32,), "categorical", **kind),
     ]
-    return from_tensors(*splits, modalities, f"CUB, {len(splits[0][1]):,} captions to train")
+    sizes = f"{len(splits[0][1]):,} and {len(splits[1][1]):,} captions"
+    return from_tensors(*splits, modalities, f"files in CUB's layout, not compared ({sizes})")
 
 
 # ------------------------------------------------------------------------------------ own data
@@ -838,7 +923,7 @@ def tensor_file(args):
             f"has {', '.join(arrays)}"
         )
     labels = [part.pop("labels") for part in parts]
-    if any(y.ndim != 1 or y.dtype.kind not in "iu" or y.min() < 0 for y in labels):
+    if any(y.ndim != 1 or y.dtype.kind not in "iu" or min(y, default=0) < 0 for y in labels):
         raise UserError(f"--dataset {path}: labels must be one whole number a tuple, from 0 on")
     modalities = []
     for name, a in parts[0].items():

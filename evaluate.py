@@ -384,16 +384,17 @@ def draw_side_by_side(path, models, data, given, n=8, seed=0):
 def report(run, model, data, args):
     """Evaluate the model: results.json and samples/ into the run's folder, the table to the
     terminal."""
-    results = evaluate(model, data, args)
+    results = {"source": data.source, "epochs": args.epochs} | evaluate(model, data, args)
     replace(run / "results.json", (json.dumps(results, indent=2) + "\n").encode())
     draw_samples(run / "samples", model, data)
-    print(f"{len(data.test):,} test tuples, {args.epochs} epochs\n{table(results)}")
+    print(f"{len(data.test):,} test tuples, {data.source}; {args.epochs} epochs\n{table(results)}")
 
 
 def load_run(path):
-    """(model, modalities, args) of a run's folder. The checkpoint names script and class; only a
-    plain module beside this file that defines the class is imported."""
+    """(model, modalities, args) of a run's folder, its epochs those of the checkpoint, which names
+    script and class; only a plain module beside this file that defines the class is imported."""
     state, args = load_checkpoint(path), argparse.Namespace(**read_args(path))
+    args.epochs = state["epoch"]
     script, name = state["script"], state["class"]
     if not (str(script).isidentifier() and (Path(__file__).parent / f"{script}.py").is_file()):
         raise UserError(f"{path}: its script {script!r} is not a file beside evaluate.py")

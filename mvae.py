@@ -4,7 +4,7 @@ NeurIPS 2018.
 The posterior is a product of Gaussian experts, one for each modality and the prior p(z) as one
 more, q(z|x_S) ∝ p(z) Π_{i in S} q~(z|x_i), so that any subset of the modalities will do.
 
-    python mvae.py                                     polydigits, three minutes on a laptop
+    python mvae.py                                     polydigits, three minutes on two CPU cores
     python mvae.py --dataset polymnist --beta 2.5      the setting of Sutter et al. 2021
     torchrun --nproc-per-node 8 mvae.py ...            several GPUs
 
@@ -42,37 +42,20 @@ from common import (
     quotient_of_gaussians,
 )
 
-DEFAULTS = {
-    "polydigits": dict(
-        epochs=30, batch_size=64, lr=2e-3, latent_dim=32, beta=1.0, anneal_epochs=10
-    ),
-    # Sutter et al. 2021, App. D.2: without random subsets.
-    "polymnist": dict(epochs=300, batch_size=256, lr=1e-3, latent_dim=512, beta=2.5),
-    # App. C.2 there.
-    "mnist-svhn-text": dict(epochs=150, batch_size=256, lr=1e-3, latent_dim=20, beta=5.0),
-    "mnist-svhn": dict(epochs=150, batch_size=256, lr=1e-3, latent_dim=20, beta=5.0),
-    # Supplement, Section 1.
-    "mnist-label": dict(epochs=500, batch_size=100, lr=1e-3, latent_dim=64, anneal_epochs=200),
-    "binary-mnist-label": dict(
-        epochs=500, batch_size=100, lr=1e-3, latent_dim=64, anneal_epochs=200
-    ),
-    "fashion-label": dict(epochs=500, batch_size=100, lr=1e-3, latent_dim=64, anneal_epochs=200),
-    "celeba-attr": dict(epochs=100, batch_size=100, lr=1e-4, latent_dim=100, anneal_epochs=20),
-    "celeba19": dict(
-        epochs=100, batch_size=100, lr=1e-4, latent_dim=100, anneal_epochs=20, random_subsets=1
-    ),
-    "multimnist": dict(epochs=500, batch_size=100, lr=1e-3, latent_dim=100, anneal_epochs=200),
-    # Sutter et al. 2021, App. E.2.
-    "celeba-text": dict(
-        epochs=200, batch_size=256, lr=5e-4, latent_dim=32, private_dim=32, beta=2.5
-    ),
-    # Kutuzova et al. 2021, App. F.
-    "mnist-split": dict(epochs=200, batch_size=128, lr=2e-4, latent_dim=64),
-    "mnist-split-3": dict(epochs=50, batch_size=128, lr=2e-4, latent_dim=64),
-    "cub": dict(epochs=50, batch_size=64, lr=1e-3, latent_dim=64),
-    "digits-label": dict(epochs=100, batch_size=64, lr=1e-3, latent_dim=16),
-    "digits-split": dict(epochs=100, batch_size=64, lr=1e-3, latent_dim=16),
-}
+DEFAULTS = datasets.settings(
+    {
+        "polydigits": dict(anneal_epochs=10),
+        # Supplement, Section 1.
+        "mnist-label": dict(anneal_epochs=200),
+        "binary-mnist-label": dict(anneal_epochs=200),
+        "fashion-label": dict(anneal_epochs=200),
+        "multimnist": dict(anneal_epochs=200),
+        "celeba-attr": dict(anneal_epochs=20),
+        "celeba19": dict(anneal_epochs=20, random_subsets=1),
+        # Sutter et al. 2021, App. E.2.
+        "celeba-text": dict(latent_dim=32, private_dim=32),
+    }
+)
 
 
 def arguments(argv):

@@ -112,7 +112,9 @@ def test_polymnist_inverts_the_crop_on_the_digit_and_pairs_within_a_digit(monkey
     monkeypatch.setattr(datasets, "sample_backgrounds", lambda: flat)
     data = datasets.polymnist(options(tmp_path))
     assert len(data.train) == 40 and len(data.test) == 20
-    raw = datasets.mnist(tmp_path, "MNIST")
+    raw, which = datasets.mnist(tmp_path, "MNIST")
+    assert which == "files in MNIST's format, not the official (40, 20)"
+    assert data.source == f"{which} on scikit-learn's photographs and generated backgrounds"
     for split, (images, labels) in zip((data.train, data.test), raw, strict=True):
         for m in range(5):
             made = split.tensors[f"m{m}"].numpy()
@@ -273,6 +275,7 @@ def test_a_data_folder_may_be_read_only(tmp_path):
 def test_polymnist_on_real_mnist(data_dir, tmp_path):
     data = datasets.polymnist(options(data_dir, cache_dir=str(tmp_path)))
     assert len(data.train) == 60_000 and len(data.test) == 10_000
+    assert data.source.startswith("MNIST on")  # the official files
     assert torch.bincount(data.test.labels).tolist()[:3] == [980, 1135, 1032]
     assert all(t.shape[1:] == (3, 28, 28) for t in data.train.tensors.values())
 
@@ -310,6 +313,16 @@ def test_from_tensors_names_what_does_not_fit():
     ):
         with pytest.raises(UserError, match=fault):
             datasets.from_tensors((tensors, [0, 1, 2]), good, [m])
+    for index, fault in (
+        ({"words": [0, 1, 2]}, r"train has \['text', 'words'\]"),
+        ({"text": [0, 1]}, "train's index of text must have 3 numbers below 3"),
+        ({"text": [0, 1, 3]}, "train's index of text must have 3 numbers below 3"),
+        ({"text": [0, 1, -1]}, "train's index of text must have 3 numbers below 3"),
+    ):
+        with pytest.raises(UserError, match=fault):
+            datasets.from_tensors((*good, index), good, [m])
+    with pytest.raises(UserError, match="test is empty"):
+        datasets.from_tensors(good, ({"text": torch.zeros(0, 2)}, []), [m])
 
 
 def test_cache_is_whole_or_absent(tmp_path):
@@ -384,7 +397,7 @@ def test_no_complete_tuple_is_a_mistake():
 def test_strips_are_the_image_from_top_to_bottom(tmp_path, name, rows):
     make_mnist(tmp_path)
     data = datasets.load(options(tmp_path, dataset=name))
-    image = datasets.mnist(tmp_path, "MNIST")[0][0]
+    image = datasets.mnist(tmp_path, "MNIST")[0][0][0]
     x, _ = data.train.batch(torch.arange(len(image)))
     assert [x[m.name].shape[1:] for m in data.modalities] == [(1, n, 28) for n in rows]
     whole = torch.cat([x[m.name] for m in data.modalities], -2)[:, 0]
@@ -392,7 +405,7 @@ def test_strips_are_the_image_from_top_to_bottom(tmp_path, name, rows):
 
 
 def test_the_row_that_thirds_leave_out_is_black(data_dir):
-    assert datasets.mnist(data_dir, "MNIST")[0][0][:, 0].any(1).sum() == 2
+    assert datasets.mnist(data_dir, "MNIST")[0][0][0][:, 0].any(1).sum() == 2
 
 
 @pytest.mark.parametrize("name", ["mnist-label", "fashion-label", "digits-label"])
@@ -429,13 +442,12 @@ def test_binary_pixels_are_drawn_once_with_their_brightness(tmp_path):
 
 @pytest.mark.parametrize("name", ["mnist-svhn", "mnist-svhn-text"])
 def test_pairs_are_of_one_digit_and_cost_an_index(tmp_path, name):
-    make_svhn(
-        make_mnist(tmp_path)
-    )  # four and three of a digit to train, two and one or two to test
+    # Four and three of a digit to train, two and one or two to test.
+    make_svhn(make_mnist(tmp_path))
     data = datasets.load(options(tmp_path, dataset=name, pairings=7))
     assert len(data.train) == 10 * 3 * 7 and len(data.train.tensors["svhn"]) == 30
     assert len(data.test) == 5 * 2 + 5 * 1  # once
-    assert "not the official (30 and 15), 7 pairings" in data.source
+    assert "SVHN's format, not the official (30, 15), 7 pairings" in data.source
     x, _ = data.train.batch(torch.arange(len(data.train)))
     assert (x["mnist"][:, 0, 5].argmax(-1) == data.train.labels).all()
     colour = (255 * x["svhn"][:, 0, 0, 0]).round().long() / 20
@@ -495,9 +507,8 @@ def test_multimnist_is_the_string_of_its_quarters(data_dir):
     assert (text < 10).sum(1).equal(number) and (text[:, 4] == 10).all()
     assert (text[:, :-1].eq(10) <= text[:, 1:].eq(10)).all()  # the end is followed by the end
     # A digit's mean picture is its own, whichever its quarter is.
-    digits, _ = datasets.mnist(data_dir, "MNIST")[0]
-    labels = torch.from_numpy(datasets.mnist(data_dir, "MNIST")[0][1])
-    means = torch.stack([torch.from_numpy(digits)[labels == d].double().mean(0) for d in range(10)])
+    digits, labels = map(torch.from_numpy, datasets.mnist(data_dir, "MNIST")[0][0])
+    means = torch.stack([digits[labels == d].double().mean(0) for d in range(10)])
     means = means[:, 2:27, 2:27].flatten(1)
     for quarter in range(4):
         row, column = divmod(quarter, 2)
@@ -540,7 +551,8 @@ def test_faces_are_cropped_and_go_with_their_attributes(tmp_path, size):
         for name in ("celeba-text", "celeba-attr", "celeba19")
     }
     for data in sets.values():
-        assert (len(data.train), len(data.test)) == (10, 5) and "20 of CelebA's" in data.source
+        assert (len(data.train), len(data.test)) == (10, 5)
+        assert data.source == "files in CelebA's format, not the official (10, 5)"
         faces = data.test.tensors["image"]
         colours = torch.tensor([[10 * j, 0, 100] for j in range(15, 20)], dtype=torch.uint8)
         assert faces.equal(colours[..., None, None].expand(5, 3, 64, 64))
@@ -582,9 +594,17 @@ def test_faults_of_celeba_files_are_named(tmp_path):
     fails("list_attr_celeba.txt: the row of 000002.png is not 40 times 1 or -1")
     table.write_text(good[0].replace("000003.png 1", "000003.png 7"))
     fails("the row of 000003.png is not 40 times 1 or -1")
+    for header in (good[0].replace("Male", "Femme"), "20\n", ""):
+        table.write_text(header)
+        fails("list_attr_celeba.txt: the second line must name attributes.*among them .*Male")
+    table.write_text(good[0].replace("Other_3", "Öther"))
+    fails("the second line must name attributes, in ASCII$")
+    table.write_bytes(good[0].encode() + b"\xff")
+    fails("list_attr_celeba.txt: is no text")
     table.write_text(good[0])
-    parts.write_text(good[1].replace("000004.png", "000044.png"))
-    fails("list_eval_partition.txt: names other pictures")
+    for damaged in ("000044.png 0", "000004.png", "000004.png 0 0"):
+        parts.write_text(good[1].replace("000004.png 0", damaged))
+        fails("list_eval_partition.txt: must have each picture of list_attr_celeba.txt")
     parts.write_text(good[1].replace(" 2", " 3"))
     fails("list_eval_partition.txt: the parts must be 0, 1 and 2")
     parts.write_text(good[1])
@@ -601,8 +621,8 @@ def test_faults_of_celeba_files_are_named(tmp_path):
 
 
 def make_cub(folder, n=4):
-    """A small CUB in the layout of Shi et al.: picture i has the features i, and captions that count
-    its wings; a rare word each, of which "often" is there four times."""
+    """A small CUB in the layout of Shi et al.: picture i has the features i, and captions that
+    count its wings; a rare word each, of which "often" is there four times."""
     (folder / "cub" / "resnet101_2048").mkdir(parents=True)
     for part, name in (("trainval", "train"), ("test", "test")):
         lines = [f"this bird, has {i} wings{j} ." for i in range(n) for j in range(10)]
@@ -654,6 +674,9 @@ def test_faults_of_cub_files_are_named(tmp_path):
         fails(r"train.ft: has .* for 40 captions, ten a picture")
     features.unlink()
     fails("resnet101_2048/train.ft is missing")
+    features.write_bytes(good)
+    (folder / "text_testclasses.txt").write_bytes(b"\xff\xfe")
+    fails("text_testclasses.txt: is no text")
 
 
 # ------------------------------------------------------------------------------------ own data
@@ -696,6 +719,7 @@ def test_a_files_arrays_become_modalities(tmp_path):
         ({"train/word": np.full((24, 4), -1)}, "train/word must lie in 0 … 4"),
         ({"train/labels": np.full(24, 0.5)}, "labels must be one whole number a tuple"),
         ({"test/labels": np.full(12, -1)}, "labels must be one whole number a tuple"),
+        ({"test/labels": np.zeros(0, int)}, "test is empty"),
         ({"train/sound": np.full((24, 7), "a")}, "train/sound is <U1, must be numbers"),
         ({"train/a-b": np.zeros((24, 1)), "test/a-b": np.zeros((12, 1))}, "letters, digits and"),
     ],

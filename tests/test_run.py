@@ -149,7 +149,8 @@ def test_a_run_leaves_what_it_promises(script, tmp_path, capsys):
     expected |= {"coherence_by_inputs/1/without_inputs", "joint_coherence"}
     expected |= {f"coherence_by_inputs/{n}/with_inputs" for n in (1, 2)}
     expected |= {f"classifier_accuracy/{name}" for name in ("vector", "label")}
-    assert results.keys() == expected
+    assert results.keys() == expected | {"source", "epochs"}
+    assert (results["source"], results["epochs"]) == ("made for tests", 3)
 
     pictures = {p.name for p in (path / "samples").iterdir()}
     assert pictures == {"reconstructions.png", "from_vector.png", "from_label.png", "joint.png"}
@@ -234,7 +235,7 @@ def test_weak_supervision_trains_on_all_data_and_resumes(script, tmp_path):
 
 @every_script
 def test_values_that_are_not_kept_are_never_read(script, tmp_path, monkeypatch):
-    """Other values in their place, NaN where there are floats, leave the run bit for bit as it is."""
+    """Other values in their place, NaN where there are floats, leave the run as it is."""
     options = ("--no-eval", "--keep", "0.6")
     whole = run(script, tmp_path / "whole", *options)
     with_gaps, hidden = datasets.with_gaps, []
