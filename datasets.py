@@ -111,10 +111,13 @@ class Split:
 
 @dataclass(frozen=True)
 class Data:
+    """strips says that the modalities, one below the other in their order, make up one image."""
+
     train: Split
     test: Split
     modalities: list[Modality]
     source: str
+    strips: bool = False
 
 
 def from_tensors(train, test, modalities, source="tensors"):
@@ -560,7 +563,7 @@ def strips(parts, names, network, source):
     ]
     shape = (1, height, width)
     modalities = [Modality(name, shape, "bernoulli", network=network) for name in names]
-    return from_tensors(*splits, modalities, source)
+    return dataclasses.replace(from_tensors(*splits, modalities, source), strips=True)
 
 
 def mnist_label(args):

@@ -12,6 +12,7 @@ import inspect
 import json
 import textwrap
 from collections import defaultdict
+from operator import itemgetter
 from pathlib import Path
 
 import matplotlib
@@ -21,6 +22,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
+import torchvision
 from sklearn.linear_model import LogisticRegression
 from torch.distributions import MixtureSameFamily
 from tqdm import tqdm
@@ -48,6 +50,7 @@ CHUNK = 200
 LATENT_TRAIN = 500  # App. B
 IMPORTANCE_SAMPLES = 15  # App. B; the released code has 12
 JOINT_SAMPLES = 10_000
+WHOLE = "whole"  # beside the modalities, the image that they make up as its strips
 
 
 def subsets_of(modalities):
@@ -81,40 +84,61 @@ def representation(q):
 # ------------------------------------------------------------------------------------ metrics
 
 
-def train_classifier(modality, split, classes, steps=1500, batch_size=128):
-    """A network of the modality's own encoder family that names the class (App. B)."""
-    net = encoder(modality, classes).to(split.labels.device).train()
+def train_classifier(net, seen, split, steps=1500, batch_size=128):
+    """Teach net to name the class of what the function `seen` takes from a batch x (App. B)."""
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    net.train()
     for _ in range(steps):
         rows = torch.randint(len(split), (batch_size,), device=split.labels.device)
-        loss = F.cross_entropy(net(split.batch(rows)[0][modality.name]), split.labels[rows])
+        loss = F.cross_entropy(net(seen(split.batch(rows)[0])), split.labels[rows])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-    return net.state_dict()
 
 
-def classifiers(train, test, modalities, cache_dir):
-    """A classifier for each modality, from the cache where one is there, and the dict of their
-    accuracies on the test data."""
-    device, classes, nets, accuracy = train.labels.device, int(train.labels.max()) + 1, {}, {}
+def resnet18(channels, classes):
+    """torchvision's, for images of any number of channels."""
+    net = torchvision.models.resnet18(num_classes=classes)
+    net.conv1 = torch.nn.Conv2d(channels, 64, 7, stride=2, padding=3, bias=False)
+    return net
+
+
+def whole(x):
+    """The image that modalities make up as its strips, (B, channels, height, width)."""
+    return torch.cat(list(x.values()), -2)
+
+
+def classifiers(train, test, modalities, strips, cache_dir):
+    """What names the class of each modality, a network of its own encoder family, and, where they
+    are `strips` of an image, of the whole, a ResNet-18, the oracle of Kutuzova et al. 2021. From
+    the cache where they are there. Returns {name: function of x} and {name: accuracy on the test
+    data}."""
+    device, classes, accuracy = train.labels.device, int(train.labels.max()) + 1, {}
     source = inspect.getsource(train_classifier)
-    for m in modalities:
+    kinds = {m.name: (lambda m=m: encoder(m, classes), itemgetter(m.name)) for m in modalities}
+    if strips:
+        kinds[WHOLE] = (lambda: resnet18(modalities[0].shape[0], classes)), whole
+    named = {}
+    for name, (make, seen) in kinds.items():
 
-        def build(m=m):
+        def build(make=make, seen=seen):
             torch.manual_seed(0)
-            return {k: v.cpu() for k, v in train_classifier(m, train, classes).items()}
+            net = make().to(device)
+            train_classifier(net, seen, train)
+            return {k: v.cpu() for k, v in net.state_dict().items()}
 
-        net = encoder(m, classes).to(device).eval()
-        key = [train.fingerprint(m.name), repr(m), repr(net), source, torch.__version__]
-        weights = datasets.cached(cache_dir, "classifier", key, build)
-        net.load_state_dict(weights)
+        net = make().to(device).eval()
+        used = [m for m in modalities if name in (m.name, WHOLE)]
+        key = [[train.fingerprint(m.name), repr(m)] for m in used]
+        key += [repr(net), source, torch.__version__]
+        net.load_state_dict(datasets.cached(cache_dir, "classifier", key, build))
+        named[name] = lambda x, net=net, seen=seen: net(seen(x)).argmax(-1)
         with torch.no_grad():
-            right = [net(x[m.name]).argmax(-1) == test.labels[rows] for rows, x in chunks(test)]
-        nets[m.name], accuracy[m.name] = net, torch.cat(right).double().mean().item()
-    return nets, accuracy
+            right = [named[name](x) == test.labels[rows] for rows, x in chunks(test)]
+        accuracy[name] = torch.cat(right).double().mean().item()
+    return named, accuracy
 
 
 def latent_accuracy(model, train, test, seed=0):
@@ -138,16 +162,17 @@ def latent_accuracy(model, train, test, seed=0):
     return accuracy
 
 
-def conditional_coherence(model, nets, test, seed=0):
+def conditional_coherence(model, named, test, seed=0):
     """How often a modality generated from a sample of a subset's posterior shows the tuple's class:
-    {subset: {target: share}}, given modalities counting as targets too."""
+    {subset: {target: share}}, given modalities counting as targets too; named as `classifiers` has
+    it, of each modality and maybe of the image that they make up."""
     right = defaultdict(lambda: defaultdict(float))
     for subset in subsets_of(model.modalities):
         torch.manual_seed(seed)
         for rows, x in chunks(test):
-            z = model.posterior({name: x[name] for name in subset}).sample()
-            for name, p in model.decode(z).items():
-                hits = nets[name](generated(p)).argmax(-1) == test.labels[rows]
+            made = generate(model, x, subset)
+            for name, class_of in named.items():
+                hits = class_of(made) == test.labels[rows]
                 right["+".join(subset)][name] += hits.sum().item() / len(test)
     return right
 
@@ -168,14 +193,15 @@ def coherence_by_inputs(coherence):
     return means
 
 
-def joint_coherence(model, nets, device, seed=0):
+def joint_coherence(model, named, device, seed=0):
     """How often all modalities decoded from one sample of the prior are of one class."""
     torch.manual_seed(seed)
     alike = 0
     for n in torch.arange(JOINT_SAMPLES).split(CHUNK):
         z = model.prior().sample((len(n),)).to(device)
-        named = [nets[name](generated(p)).argmax(-1) for name, p in model.decode(z).items()]
-        alike += (torch.stack(named) == named[0]).all(0).sum().item()
+        made = {name: generated(p) for name, p in model.decode(z).items()}
+        classes = torch.stack([named[name](made) for name in made])
+        alike += (classes == classes[0]).all(0).sum().item()
     return alike / JOINT_SAMPLES
 
 
@@ -218,27 +244,29 @@ def evaluate(model, data, args):
     results = {}
     with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
         if test.labels.ndim == 1:  # one class, not several attributes
-            results |= class_metrics(model, train, test, args.cache_dir)
+            results |= class_metrics(model, train, test, data.strips, args.cache_dir)
         for subset, value in log_likelihood(model, test).items():
             results[f"log_likelihood/{subset}"] = value
     return results
 
 
-def class_metrics(model, train, test, cache_dir):
+def class_metrics(model, train, test, strips, cache_dir):
     """What asks for the class that a latent or a generated modality shows, as a flat dict."""
     with torch.enable_grad(), torch.autocast(train.labels.device.type, enabled=False):
-        nets, accuracy = classifiers(train, test, model.modalities, cache_dir)
+        named, accuracy = classifiers(train, test, model.modalities, strips, cache_dir)
     results = {f"classifier_accuracy/{name}": value for name, value in accuracy.items()}
     for subset, value in latent_accuracy(model, train, test).items():
         results[f"latent_accuracy/{subset}"] = value
-    coherence = conditional_coherence(model, nets, test)
+    coherence = conditional_coherence(model, named, test)
     for subset, targets in coherence.items():
+        if strips:
+            results[f"oracle_accuracy/{subset}"] = targets.pop(WHOLE)
         for target, value in targets.items():
             results[f"coherence/{subset}/{target}"] = value
     for n, means in coherence_by_inputs(coherence).items():
         for convention, value in means.items():
             results[f"coherence_by_inputs/{n}/{convention}"] = value
-    results["joint_coherence"] = joint_coherence(model, nets, test.labels.device)
+    results["joint_coherence"] = joint_coherence(model, named, test.labels.device)
     return results
 
 
@@ -260,7 +288,6 @@ def table(results):
     if "joint_coherence" not in results:
         lines = [f"{n:5}   {mean('log_likelihood/', n):10.1f}" for n in sorted(set(given))]
         return "\n".join(["given     log p(X)", *lines])
-    names = [name.split("/")[1] for name in results if name.startswith("classifier_accuracy/")]
     lines = [
         "            latent      coherence of the targets",
         "given     accuracy     not given          all     log p(X)",
@@ -273,9 +300,17 @@ def table(results):
             + (f"      {100 * apart:6.1f} %" if apart is not None else "             –")
             + f"     {100 * everywhere:6.1f} %   {mean('log_likelihood/', n):10.1f}"
         )
-    accuracies = [f"{n} {100 * results[f'classifier_accuracy/{n}']:.1f} %" for n in names]
     lines.append(f"joint coherence {100 * results['joint_coherence']:.1f} %")
-    lines.append("classifiers on the test data: " + ", ".join(accuracies))
+    for metric, label in (
+        ("oracle_accuracy/", "the oracle on the whole image, given"),
+        ("classifier_accuracy/", "classifiers on the test data:"),
+    ):
+        shares = [
+            f"{name.removeprefix(metric)} {100 * value:.1f} %"
+            for name, value in results.items()
+            if name.startswith(metric)
+        ]
+        lines += [f"{label} {', '.join(shares)}"] if shares else []
     return "\n".join(lines)
 
 

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch.distributions import Independent, Normal
 
 import datasets
 import evaluate
@@ -31,6 +32,51 @@ def test_more_subsets_than_fit_are_refused():
     with pytest.raises(UserError, match="--subsets all: 11 modalities have 2,047 subsets"):
         MoPoE(vectors(11), 2)
     assert len(MoPoE(vectors(11), 2, subsets="singletons").masks) == 11
+
+
+class Copy:
+    """A model by hand: z is the pixels of the halves, and 0 for those that are not given."""
+
+    def __init__(self, modalities):
+        self.modalities = modalities
+
+    def prior(self):
+        return Independent(Normal(torch.zeros(64), torch.ones(64)), 1)
+
+    def posterior(self, x):
+        given = next(iter(x.values()))
+        z = torch.cat(
+            [x.get(m.name, torch.zeros_like(given)).flatten(1) for m in self.modalities], 1
+        )
+        return Independent(Normal(z, torch.zeros_like(z), validate_args=False), 1)
+
+    def decode(self, z, names=None):
+        halves = z.unflatten(-1, (2, 1, 4, 8)).unbind(-4)
+        return {
+            m.name: Independent(Normal(half, torch.ones_like(half)), 3)
+            for m, half in zip(self.modalities, halves, strict=True)
+        }
+
+
+def test_the_oracle_names_the_image_that_its_halves_make_up(monkeypatch, tmp_path):
+    data = datasets.digits_split(None)
+    assert data.strips
+    parts = data.train, data.test, data.modalities
+    monkeypatch.setattr(evaluate.train_classifier, "__defaults__", (60, 64))
+    results = evaluate.class_metrics(Copy(data.modalities), *parts[:2], True, tmp_path)
+    named, accuracy = evaluate.classifiers(*parts, True, tmp_path)  # from the cache
+    assert accuracy["whole"] > 0.8
+    assert accuracy == {n: results[f"classifier_accuracy/{n}"] for n in ("top", "bottom", "whole")}
+    assert results["oracle_accuracy/top+bottom"] == pytest.approx(accuracy["whole"])
+    images, labels = datasets.small_digits()[1]
+    images = torch.from_numpy(images[:, None]) / 255
+    images[:, :, 4:] = 0
+    by_hand = (named["whole"]({"image": images}) == torch.from_numpy(labels)).double().mean()
+    assert results["oracle_accuracy/top"] == pytest.approx(by_hand.item()) != accuracy["whole"]
+    assert "coherence/top/whole" not in results
+    assert "oracle on the whole image, given top" in evaluate.table(
+        results | {f"log_likelihood/{s}": 0.0 for s in ("top", "bottom", "top+bottom")}
+    )
 
 
 def test_attributes_are_no_class():
