@@ -94,3 +94,8 @@ def test_the_strings_decoder_goes_by_its_own_symbols():
     with torch.no_grad():
         decoder.net.embedding.weight[11] += 1.0  # the symbol that begins
     assert not decoder(z)[:, 0].equal(logits[:, 0])
+    with torch.no_grad():
+        decoder.net.embedding.weight[11] -= 1.0
+        decoder.net.embedding.weight[:11] += 1.0
+    torch.testing.assert_close(decoder(z)[:, 0], logits[:, 0])
+    assert not torch.isclose(decoder(z)[:, 1], logits[:, 1]).any(1).any()
