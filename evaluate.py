@@ -1,6 +1,7 @@
 """Every metric of the papers, for any method and data set.
 
-    python evaluate.py RUN...      the evaluation that ended each run, once more
+    python evaluate.py RUN...            the evaluation that ended each run, once more
+    python evaluate.py RESULTS.json...   only what the runs gave, side by side
 
 Through the models' public face only (prior, posterior, decode). The protocol is that of Sutter et
 al. 2021, App. B; where the released code differs, the text beside the metric says so.
@@ -10,6 +11,8 @@ import argparse
 import importlib
 import inspect
 import json
+import math
+import re
 import textwrap
 from collections import defaultdict
 from operator import itemgetter
@@ -413,16 +416,215 @@ def draw_side_by_side(path, models, data, given, n=8, seed=0):
     plt.close(figure)
 
 
+# ------------------------------------------------------------------------------- several runs
+
+# What tables and figures show of the results: a metric, and the keys with its columns.
+METRICS = {
+    "class of the whole image, by the oracle, %": r"oracle_accuracy/(.+)",
+    "coherence of the modalities not given, %": r"coherence_by_inputs/(\d+)/without_inputs",
+    "coherence of all modalities, %": r"coherence_by_inputs/(\d+)/with_inputs",
+    "coherence from a subset to a target, %": r"coherence/(.+/.+)",
+    "joint coherence, %": r"(joint)_coherence",
+    "latent accuracy, %": r"latent_accuracy/(.+)",
+    "log p(X), nats": r"log_likelihood/(.+)",
+    "the classifiers' accuracy on test data, %": r"classifier_accuracy/(.+)",
+}
+PAPERS = Path(__file__).parent / "results" / "papers.json"
+# Options that say where and how a run ran, not what it is.
+CIRCUMSTANCES = {"cache_dir", "checkpoint_every", "compile", "data_dir", "device", "download"}
+CIRCUMSTANCES |= {"no_eval", "resume", "runs_dir"} | {"dataset", "epochs", "seed"}
+
+
+def numbers(results):
+    """A run's results as {metric: {column: value}}. A column is a subset of the modalities, of more
+    than three the number of those given and a mean over its subsets; targets are shown of up to
+    three, where they were not given."""
+    shown = {}
+    for metric, pattern in METRICS.items():
+        columns = defaultdict(list)
+        keys = {key: match[1] for key in results if (match := re.fullmatch(pattern, key))}
+        subsets = sum(key.startswith("log_likelihood/") for key in results)
+        for key, column in keys.items():
+            given, _, target = column.partition("/")
+            if target and (subsets > 7 or target in given.split("+")):
+                continue
+            column = f"{given} → {target}" if target else given
+            if subsets > 7 and key.startswith(("latent_accuracy/", "log_likelihood/")):
+                column = str(given.count("+") + 1)
+            columns[column].append(100 * results[key] if metric.endswith("%") else results[key])
+        if columns:
+            shown[metric] = {column: float(np.mean(values)) for column, values in columns.items()}
+    return shown
+
+
+def groups(runs, apart=()):
+    """{label: the results of runs of equal settings}, the label being the script and those of its
+    settings, but for the options `apart`, in which its runs differ."""
+    by_label = defaultdict(list)
+    for results in runs:
+        settings = [
+            other["options"] | {"epochs": other["epochs"]}
+            for other in runs
+            if other["script"] == results["script"]
+        ]
+        own = results["options"] | {"epochs": results["epochs"]}
+        differ = {k for k in own if any(other.get(k) != own[k] for other in settings)}
+        chosen = [f"--{k.replace('_', '-')} {own[k]}" for k in sorted(differ.difference(apart))]
+        by_label[" ".join([f"{results['script']}.py", *chosen])].append(results)
+    return by_label
+
+
+def statistics(runs):
+    """{metric: {label: {column: (mean, standard deviation)}}} over the seeds; of one seed the
+    deviation is None."""
+    found = defaultdict(dict)
+    for label, members in groups(runs).items():
+        shown = [numbers(results) for results in members]
+        for metric, columns in shown[0].items():
+            values = {column: [n[metric][column] for n in shown] for column in columns}
+            found[metric][label] = {
+                column: (float(np.mean(v)), float(np.std(v, ddof=1)) if len(v) > 1 else None)
+                for column, v in values.items()
+            }
+    return found
+
+
+def comparison(runs, markdown=False):
+    """Tables of runs of one data set, one for each metric, a row for each setting and, where
+    results/papers.json has it, the paper's below it."""
+    papers = json.loads(PAPERS.read_text()).get(runs[0]["dataset"], {})
+    members, lines = groups(runs), []
+    for metric, rows in statistics(runs).items():
+        columns = list(next(iter(rows.values())))
+        cells = [[metric, *columns, "epochs", "seeds"]]
+        for label, row in rows.items():
+            seeds = sorted(results["seed"] for results in members[label])
+            tail = [str(members[label][0]["epochs"]), ", ".join(map(str, seeds))]
+            cells.append([label, *(plus_minus(*row[column]) for column in columns), *tail])
+            paper = papers.get(label.split(".")[0], {}).get(metric)
+            if paper:
+                theirs = [plus_minus(*paper["columns"].get(column, [None])) for column in columns]
+                cells.append([paper["source"], *theirs, str(paper["epochs"]), str(paper["seeds"])])
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        if markdown:
+            cells.insert(1, ["---"] * len(widths))
+            lines += ["| " + " | ".join(row) + " |" for row in cells]
+        else:
+            lines += ["  ".join(map(str.ljust, row, widths)).rstrip() for row in cells]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def plus_minus(mean, deviation=None):
+    """A cell of a table."""
+    if mean is None:
+        return "–"
+    return f"{mean:.1f}" + (f" ± {deviation:.1f}" if deviation is not None else "")
+
+
+def curves(runs, against):
+    """{panel: {label: {x: (mean, standard deviation)}}}: the metrics against the number of given
+    modalities ("inputs"), or the first of METRICS that the runs have against an option."""
+    panels = defaultdict(dict)
+    if against == "inputs":
+        for metric, rows in statistics(runs).items():
+            for label, row in rows.items():
+                if all(map(str.isdecimal, row)):
+                    panels[metric][label] = {int(n): value for n, value in row.items()}
+        return panels
+    for label, members in groups(runs, [against]).items():
+        for x in sorted({results["options"][against] for results in members}):
+            here = [results for results in members if results["options"][against] == x]
+            metric, rows = next(iter(statistics(here).items()))
+            (row,) = rows.values()
+            for column, value in row.items():
+                panels[f"{metric}\ngiven {column}"].setdefault(label, {})[x] = value
+    return panels
+
+
+def draw_curves(path, runs, against):
+    """A PNG of `curves`: a panel each, a line for each label, a band of one standard deviation."""
+    panels = curves(runs, against)
+    if not panels:
+        raise UserError("--against inputs: needs runs of more than three modalities")
+    width = 2 if len(panels) in (2, 4) else 3
+    height = math.ceil(len(panels) / width)
+    size = 3.6 * width, 3.2 * height
+    figure, axes = plt.subplots(height, width, figsize=size, squeeze=False, layout="constrained")
+    for axis in axes.flat[len(panels) :]:
+        axis.set_axis_off()
+    for axis, (title, lines) in zip(axes.flat, panels.items(), strict=False):
+        for label, line in lines.items():
+            x, mean = list(line), np.array([mean for mean, _ in line.values()])
+            band = np.array([deviation or 0 for _, deviation in line.values()])
+            axis.plot(x, mean, marker="o", label=label)
+            axis.fill_between(x, mean - band, mean + band, alpha=0.2)
+        if against == "inputs":
+            axis.set_xticks(x)
+            axis.set_xlabel("modalities given")
+        else:
+            axis.set_xscale("log")
+            axis.set_xlabel(f"--{against}")
+        axis.set_title(title, fontsize=10)
+        axis.grid(alpha=0.3)
+    labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(*labels, loc="outside lower center", ncols=width + 1)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def draw_frontier(path, runs):
+    """A PNG of coherence against log p(X) given all, a line over β for each label."""
+    figure, axis = plt.subplots(figsize=(5, 4))
+    for label, members in groups(runs, ["beta"]).items():
+        shown = [(results["options"]["beta"], numbers(results)) for results in members]
+        points = []
+        for beta in sorted({beta for beta, _ in shown}):
+            here = [metrics for b, metrics in shown if b == beta]
+            x = np.mean([list(metrics["log p(X), nats"].values())[-1] for metrics in here])
+            y = np.mean([list(next(iter(metrics.values())).values()) for metrics in here])
+            points.append((x, y))
+            axis.annotate(f"{beta:g}", (x, y), xytext=(4, 4), textcoords="offset points")
+        axis.plot(*zip(*points, strict=True), marker="o", label=label)
+    axis.set_xlabel("log p(X) given all, nats")
+    axis.set_ylabel(next(iter(shown[0][1])))
+    axis.set_title("the number at a point is β", fontsize=10)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
 # ------------------------------------------------------------------------------------- a run
 
 
 def report(run, model, data, args):
     """Evaluate the model: results.json and samples/ into the run's folder, the table to the
     terminal."""
-    results = {"source": data.source, "epochs": args.epochs} | evaluate(model, data, args)
+    results = {
+        "script": Path(inspect.getfile(type(model))).stem,
+        "dataset": args.dataset,
+        "source": data.source,
+        "epochs": args.epochs,
+        "seed": args.seed,
+        "options": {k: v for k, v in vars(args).items() if k not in CIRCUMSTANCES},
+    } | evaluate(model, data, args)
     replace(run / "results.json", (json.dumps(results, indent=2) + "\n").encode())
     draw_samples(run / "samples", model, data)
     print(f"{len(data.test):,} test tuples, {data.source}; {args.epochs} epochs\n{table(results)}")
+    return results
+
+
+def read_results(path):
+    """The content of a results.json."""
+    try:
+        results = json.loads(Path(path).read_text())
+        if results.keys() >= {"script", "dataset", "source", "epochs", "seed", "options"}:
+            return results
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError):
+        pass
+    raise UserError(f"{path}: is not a run's results.json")
 
 
 def load_run(path):
@@ -450,7 +652,19 @@ def main(argv=None):
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    p.add_argument("runs", metavar="RUN", nargs="+", help="folder of a run")
+    p.add_argument(
+        "runs",
+        metavar="RUN",
+        nargs="+",
+        help="folder of a run, or its results.json to be read only",
+    )
+    p.add_argument("--markdown", action="store_true", help="tables of several runs in Markdown")
+    p.add_argument("--json", action="store_true", help="the same as JSON")
+    p.add_argument("--figure", metavar="FILE", help="draw the runs' metrics as a PNG")
+    kinds = "what --figure has below: the number of inputs, an option, or, for beta, log p(X)"
+    p.add_argument(
+        "--against", choices=["inputs", "supervision", "keep", "beta"], default="inputs", help=kinds
+    )
     p.add_argument("--data-dir", metavar="DIR", help="folder of the data (default: the run's)")
     p.add_argument("--cache-dir", metavar="DIR", help="folder of the cache (default: the run's)")
     p.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to run")
@@ -462,8 +676,13 @@ def main(argv=None):
     p.add_argument("--given", metavar="NAME", help="modality (default: the first)")
     options = p.parse_args(argv)
     keep_memory()
-    models = {}
+    models, compared = {}, []
     for run in options.runs:
+        if run.endswith(".json"):
+            if options.side_by_side:
+                raise UserError(f"--side-by-side: needs folders of runs, {run} has no model")
+            compared.append(read_results(run))
+            continue
         model, modalities, args = load_run(run)
         args.data_dir = options.data_dir or args.data_dir
         args.cache_dir = options.cache_dir or args.cache_dir
@@ -479,9 +698,34 @@ def main(argv=None):
             continue
         data = datasets.load(args)
         print(f"{args.dataset}: {data.source}")
-        report(Path(run), model.to(parse_device(options.device)), data, args)
+        model.to(parse_device(options.device))
+        compared.append(report(Path(run), model, data, args))
     if options.side_by_side:
         draw_side_by_side(options.side_by_side, models, datasets.load(args), given)
+    else:
+        compare(compared, options)
+
+
+def compare(runs, options):
+    """Print the tables of runs, each data set's for itself, and draw their figure."""
+    by_data = defaultdict(list)
+    for results in runs:
+        by_data[results["dataset"], results["source"]].append(results)
+    if options.figure and len(by_data) > 1:
+        raise UserError(f"--figure {options.figure}: needs runs of one data set")
+    if any(options.against not in r["options"] for r in runs) and options.against != "inputs":
+        raise UserError(f"--against {options.against}: a run does not say what it had there")
+    if options.json:
+        names = ("dataset", "source")
+        found = [dict(zip(names, key)) | statistics(members) for key, members in by_data.items()]
+        print(json.dumps(found, indent=2))
+    elif len(runs) > 1 or options.markdown or options.runs[0].endswith(".json"):
+        for (dataset, source), members in by_data.items():
+            print(f"{dataset}: {source}\n\n{comparison(members, options.markdown)}")
+    if options.figure and options.against == "beta":
+        draw_frontier(options.figure, runs)
+    elif options.figure:
+        draw_curves(options.figure, runs, options.against)
 
 
 if __name__ == "__main__":

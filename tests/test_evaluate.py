@@ -1,5 +1,6 @@
-"""The evaluation: which subsets, and what it does where there are no classes."""
+"""The evaluation: which subsets, what the oracle sees, what tables and figures show."""
 
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -96,3 +97,113 @@ def test_attributes_are_no_class():
     assert lines[1:] == [["1", f"{one:.1f}"], ["2", f"{results['log_likelihood/x0+x1']:.1f}"]]
     x = evaluate.examples(data.test, 12, seed=0)
     assert [t.shape for t in x.values()] == [(12, 2)] * 2
+
+
+# ------------------------------------------------------------------------------- several runs
+
+
+def made(script="mopoe", seed=0, accuracy=0.5, M=2, source="here", **options):
+    """The results of a run, all metrics equal to `accuracy`."""
+    subsets = ["+".join(s) for s in evaluate.subsets_of(vectors(M))]
+    metrics = [f"{kind}/{s}" for s in subsets for kind in ("latent_accuracy", "log_likelihood")]
+    metrics += [f"coherence/{s}/x{i}" for s in subsets for i in range(M)]
+    metrics += [f"coherence_by_inputs/{n}/without_inputs" for n in range(1, M)]
+    facts = dict(script=script, dataset="polymnist", source=source, epochs=7, seed=seed)
+    options = dict(beta=1.0, supervision=1.0) | options
+    return facts | {"options": options} | dict.fromkeys(metrics, accuracy)
+
+
+def write(folder, *runs):
+    paths = [folder / f"{i}.json" for i in range(len(runs))]
+    for path, results in zip(paths, runs, strict=True):
+        path.write_text(json.dumps(results))
+    return [str(path) for path in paths]
+
+
+def test_a_row_is_the_mean_and_deviation_of_seeds_of_equal_settings():
+    runs = [made(seed=s, accuracy=a) for s, a in enumerate((0.2, 0.4, 0.9))]
+    runs += [made(beta=2.5), made("mvae", seed=3, anneal_epochs=10)]
+    found = evaluate.statistics(runs)
+    rows = found["latent accuracy, %"]
+    assert list(rows) == ["mopoe.py --beta 1.0", "mopoe.py --beta 2.5", "mvae.py"]
+    assert list(rows["mvae.py"]) == ["x0", "x1", "x0+x1"]
+    assert rows["mopoe.py --beta 1.0"]["x0+x1"] == pytest.approx((50, np.std([20, 40, 90], ddof=1)))
+    assert rows["mvae.py"]["x0"] == (50, None)
+    assert found["log p(X), nats"]["mvae.py"]["x0"] == (0.5, None)
+    targets = found["coherence from a subset to a target, %"]["mvae.py"]
+    assert list(targets) == ["x0 → x1", "x1 → x0"]
+
+
+def test_more_than_three_modalities_are_shown_by_the_number_given():
+    results = made(M=4)
+    for subset in ("x0", "x1"):
+        results[f"latent_accuracy/{subset}"] = 0.9
+    found = evaluate.numbers(results)
+    assert found["latent accuracy, %"] == pytest.approx({"1": 70, "2": 50, "3": 50, "4": 50})
+    assert "coherence from a subset to a target, %" not in found
+
+
+def test_tables_state_source_epochs_seeds_and_the_papers_number(tmp_path, capsys):
+    runs = [made(M=4), made(M=4, seed=1), made("mvae", M=4, source="elsewhere")]
+    evaluate.main(write(tmp_path, *runs))
+    first, second = capsys.readouterr().out.split("polymnist: ")[1:]
+    assert first.startswith("here\n") and second.startswith("elsewhere\n")
+    lines = [line.split() for line in first.splitlines()]
+    assert ["mopoe.py", *["50.0", "±", "0.0"] * 3, "7", "0,", "1"] in lines
+    paper = ["66.0", "77.0", "81.0", "300", "5"]
+    assert next(line for line in lines if line[-5:] == paper)[:3] == ["Sutter", "et", "al."]
+    assert "mopoe.py" not in second
+    evaluate.main([*write(tmp_path, *runs), "--markdown"])
+    assert "| mopoe.py | 50.0 ± 0.0 |" in capsys.readouterr().out
+    evaluate.main([*write(tmp_path, *runs), "--json"])
+    here, elsewhere = json.loads(capsys.readouterr().out)
+    assert here["source"] == "here" and elsewhere["latent accuracy, %"]["mvae.py"]["1"] == [
+        50,
+        None,
+    ]
+
+
+def test_the_papers_numbers_are_of_what_there_is():
+    for name, scripts in json.loads(evaluate.PAPERS.read_text()).items():
+        assert name in datasets.LOADERS
+        for script, metrics in scripts.items():
+            assert script in ("mvae", "mmvae", "mopoe", "svae", "vaevae")
+            assert metrics.keys() <= evaluate.METRICS.keys()
+            for paper in metrics.values():
+                assert paper.keys() == {"source", "epochs", "seeds", "columns"}
+
+
+def test_curves_are_over_the_inputs_or_an_option(tmp_path):
+    runs = [made(M=4, seed=s, accuracy=a, supervision=x) for s, a, x in ((0, 0.1, 1), (1, 0.3, 1))]
+    runs += [made(M=4, supervision=0.1), made("mvae", M=4, supervision=0.1)]
+    panels = evaluate.curves(runs, "supervision")
+    assert list(panels) == [f"coherence of the modalities not given, %\ngiven {n}" for n in "123"]
+    for lines in panels.values():
+        assert list(lines) == ["mopoe.py", "mvae.py"]
+        assert list(lines["mopoe.py"]) == [0.1, 1]
+        assert lines["mopoe.py"][1] == pytest.approx((20, np.std([10, 30], ddof=1)))
+        assert lines["mvae.py"] == {0.1: (50, None)}
+    panels = evaluate.curves(runs[:2], "inputs")
+    assert list(panels["latent accuracy, %"]["mopoe.py"]) == [1, 2, 3, 4]
+    paths = write(tmp_path, *runs)
+    for against in ("inputs", "supervision", "beta"):
+        figure = tmp_path / f"{against}.png"
+        evaluate.main([*paths, "--figure", str(figure), "--against", against])
+        assert figure.read_bytes().startswith(b"\x89PNG")
+
+
+def test_mistakes_in_a_comparison_are_one_line(tmp_path, capsys):
+    def fails(argv, fragment):
+        with pytest.raises(SystemExit) as stop:
+            evaluate.main(argv)
+        error = capsys.readouterr().err.strip()
+        assert stop.value.code == 2 and fragment in error and "\n" not in error
+
+    for content in ("", "[]", "{}", '{"epochs": 3}', "\udcff"):
+        (tmp_path / "x.json").write_bytes(content.encode(errors="surrogateescape"))
+        fails([str(tmp_path / "x.json")], "x.json: is not a run's results.json")
+    fails([str(tmp_path / "none.json")], "none.json: No such file")
+    figure = ["--figure", str(tmp_path / "x.png")]
+    fails([*write(tmp_path, made(), made(source="there")), *figure], "needs runs of one data set")
+    fails([*write(tmp_path, made(M=2)), *figure, "--against", "keep"], "--against keep")
+    fails([str(tmp_path / "0.json"), "--side-by-side", "x.png"], "--side-by-side: needs")

@@ -149,8 +149,10 @@ def test_a_run_leaves_what_it_promises(script, tmp_path, capsys):
     expected |= {"coherence_by_inputs/1/without_inputs", "joint_coherence"}
     expected |= {f"coherence_by_inputs/{n}/with_inputs" for n in (1, 2)}
     expected |= {f"classifier_accuracy/{name}" for name in ("vector", "label")}
-    assert results.keys() == expected | {"source", "epochs"}
-    assert (results["source"], results["epochs"]) == ("made for tests", 3)
+    facts_of = dict(script=script, dataset="tiny", source="made for tests", epochs=3, seed=0)
+    assert results.keys() == expected | facts_of.keys() | {"options"}
+    assert facts_of.items() <= results.items() and results["options"]["latent_dim"] == 3
+    assert not results["options"].keys() & {"runs_dir", "data_dir", "device", "seed"}
 
     pictures = {p.name for p in (path / "samples").iterdir()}
     assert pictures == {"reconstructions.png", "from_vector.png", "from_label.png", "joint.png"}
