@@ -13,6 +13,7 @@ import inspect
 import json
 import math
 import re
+import sys
 import textwrap
 from collections import defaultdict
 from operator import itemgetter
@@ -40,7 +41,7 @@ from common import (
     keep_memory,
     load_checkpoint,
     load_weights,
-    log_mean_exp,
+    number,
     parse_device,
     read_args,
     replace,
@@ -50,7 +51,7 @@ from common import (
 # Tuples that are encoded, decoded and sampled together. Noise is drawn chunk by chunk from a seed
 # of the metric's own, so the size is part of the protocol: it decides no cost, but the last digits.
 CHUNK = 200
-LATENT_TRAIN = 500  # App. B
+LATENT_TRAIN = 500  # tuples, App. B
 IMPORTANCE_SAMPLES = 15  # App. B; the released code has 12
 JOINT_SAMPLES = 10_000
 WHOLE = "whole"  # beside the modalities, the image that they make up as its strips
@@ -144,24 +145,24 @@ def classifiers(train, test, modalities, strips, cache_dir):
     return named, accuracy
 
 
-def latent_accuracy(model, train, test, seed=0):
-    """Accuracy of a linear classifier of every subset's latent representation, learnt from 500
-    training tuples (App. B)."""
+def latent_accuracy(model, train, test, tuples=LATENT_TRAIN, seed=0):
+    """Accuracy of a linear classifier of every subset's latent representation, learnt from so many
+    training tuples."""
     rng = np.random.default_rng(seed)
-    rows = torch.from_numpy(rng.choice(len(train), min(LATENT_TRAIN, len(train)), replace=False))
+    rows = torch.from_numpy(rng.choice(len(train), min(tuples, len(train)), replace=False))
     rows = rows.to(train.labels.device)
-    known, labels = train.batch(rows)[0], train.labels[rows].cpu().numpy()
-    accuracy = {}
+    labels, accuracy = train.labels[rows].cpu().numpy(), {}
+
+    def latents(subset, batches):
+        parts = (representation(model.posterior({n: x[n] for n in subset})) for x in batches)
+        return torch.cat([part.double().cpu() for part in parts]).numpy()
+
     for subset in subsets_of(model.modalities):
         torch.manual_seed(seed)
-        latents = [
-            representation(model.posterior({name: x[name] for name in subset}))
-            for x in [known, *(x for _, x in chunks(test))]
-        ]
-        known_latents, *unseen = (t.double().cpu().numpy() for t in latents)
-        linear = LogisticRegression(max_iter=1000).fit(known_latents, labels)
-        score = linear.score(np.concatenate(unseen), test.labels.cpu().numpy())
-        accuracy["+".join(subset)] = score
+        known = latents(subset, (train.batch(part)[0] for part in rows.split(LATENT_TRAIN)))
+        unseen = latents(subset, (x for _, x in chunks(test)))
+        linear = LogisticRegression(max_iter=1000).fit(known, labels)
+        accuracy["+".join(subset)] = linear.score(unseen, test.labels.cpu().numpy())
     return accuracy
 
 
@@ -208,37 +209,79 @@ def joint_coherence(model, named, device, seed=0):
     return alike / JOINT_SAMPLES
 
 
-def log_likelihood(model, test, samples=IMPORTANCE_SAMPLES, seed=0):
-    """log p(X) of all modalities in nats per tuple, by importance sampling with each subset's
-    posterior as the proposal; {subset: mean over the tuples}.
+def log_weights(model, q, x, samples, targets):
+    """Log importance weights with the proposal q: for z ~ q blocks of log p(x_T|z) p(z) / q(z),
+    (k, targets, B), a target being the names T and the density p(z). Without likelihood weights."""
+    for k in torch.arange(samples).split(IMPORTANCE_SAMPLES):
+        z = q.sample((len(k),))
+        log_q = q.log_prob(z)
+        log_p = {name: p.log_prob(x[name]) for name, p in model.decode(z, list(x)).items()}
+        rows = [sum(log_p[name] for name in T) + p_z.log_prob(z) - log_q for T, p_z in targets]
+        yield torch.stack(rows, 1)
 
-    log (1/K) Σ_k p(X, z_k) / q(z_k|x_S), z_k ~ q(z|x_S), without likelihood weights.
-    """
-    means = {}
-    for subset in tqdm(subsets_of(model.modalities), "log-likelihood", leave=False, disable=None):
-        torch.manual_seed(seed)
-        total = 0.0
-        for _, x in chunks(test):
-            q = model.posterior({name: x[name] for name in subset})
-            total += importance_sampled(model, q, x, samples).double().sum().item()
-        means["+".join(subset)] = total / len(test)
-    return means
+
+def weigh(blocks):
+    """Of log weights (samples, ...) in blocks: the log of their mean, their effective number
+    (Σ w)² / Σ w² and the variance of the logs, (...) each, in memory for one block."""
+    n, sums = 0, None
+    for log_w in blocks:
+        log_w, n = log_w.double(), n + len(log_w)
+        logs = torch.stack([log_w.logsumexp(0), (2 * log_w).logsumexp(0)])
+        plain = torch.stack([log_w.sum(0), log_w.square().sum(0)])
+        sums = (torch.logaddexp(sums[0], logs), sums[1] + plain) if sums else (logs, plain)
+    (one, two), (total, square) = sums
+    variance = (square - total.square() / n) / max(n - 1, 1)
+    return one - math.log(n), torch.exp(2 * one - two), variance
 
 
 def importance_sampled(model, q, x, samples):
     """An estimate of log p(x) with the proposal q, (B,)."""
-    log_w = []
-    for k in torch.arange(samples).split(IMPORTANCE_SAMPLES):
-        z = q.sample((len(k),))  # (K, B, D)
-        log_p = model.prior().log_prob(z)
-        for name, p in model.decode(z, list(x)).items():
-            log_p = log_p + p.log_prob(x[name])
-        log_w.append(log_p - q.log_prob(z))
-    return log_mean_exp(torch.cat(log_w), 0)  # over the samples, example by example
+    return weigh(log_weights(model, q, x, samples, [(list(x), model.prior())]))[0][0]
+
+
+def log_likelihood(model, test, samples=IMPORTANCE_SAMPLES, seed=0):
+    """log p(X) in nats per tuple, by importance sampling with each subset's posterior as the
+    proposal, as a flat dict, with the standard error over the tuples, the effective number of
+    samples and the variance of the log weights.
+
+    With up to three modalities, or given all, also log p(x_i) and, as log p(X) less that of the
+    others, log p(x_i|the others), whose log weights are log p(x_i|z) q(z|others) / q(z|x_S) (Wu &
+    Goodman 2018, Section 5 and supplement, Tables 1 and 2).
+    """
+    names, subsets = [m.name for m in model.modalities], subsets_of(model.modalities)
+    results = {}
+
+    def put(kind, key, value, variance, effective=None):
+        results[f"{kind}/{key}"] = value.mean().item()
+        results[f"standard_error/{kind}/{key}"] = (value.std() / len(value) ** 0.5).item()
+        results[f"log_weight_variance/{kind}/{key}"] = variance.mean().item()
+        if effective is not None:
+            results[f"effective_samples/{kind}/{key}"] = effective.mean().item()
+
+    for subset in tqdm(subsets, "log-likelihood", leave=False, disable=None):
+        torch.manual_seed(seed)
+        single = names if len(subsets) <= 7 or subset == names else []
+        others = [[name for name in names if name != i] for i in single]
+        found = []
+        for _, x in chunks(test):
+            prior, q = model.prior(), model.posterior({name: x[name] for name in subset})
+            targets = [(names, prior), *(([i], prior) for i in single)]
+            targets += [(rest, prior) for rest in others]
+            given = [model.posterior({name: x[name] for name in rest}) for rest in others]
+            targets += [([i], p) for i, p in zip(single, given, strict=True)]
+            found.append(torch.stack(weigh(log_weights(model, q, x, samples, targets))))
+        value, effective, variance = torch.cat(found, -1)  # (targets, tuples) each
+        key, M = "+".join(subset), len(single)
+        put("log_likelihood", key, value[0], variance[0], effective[0])
+        for i, name in enumerate(single, 1):
+            own, rest, conditional = i, i + M, i + 2 * M
+            put("marginal", f"{key}/{name}", value[own], variance[own], effective[own])
+            put("conditional", f"{key}/{name}", value[0] - value[rest], variance[conditional])
+    return results
 
 
 @torch.no_grad()
-def evaluate(model, data, args):
+def evaluate(model, data, args, latent_train=LATENT_TRAIN, samples=IMPORTANCE_SAMPLES):
     """All metrics of a model as one flat dict, the content of results.json. With --amp the networks
     run in bfloat16 here as they did in training; densities stay in float32."""
     model.eval()
@@ -247,18 +290,16 @@ def evaluate(model, data, args):
     results = {}
     with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
         if test.labels.ndim == 1:  # one class, not several attributes
-            results |= class_metrics(model, train, test, data.strips, args.cache_dir)
-        for subset, value in log_likelihood(model, test).items():
-            results[f"log_likelihood/{subset}"] = value
-    return results
+            results |= class_metrics(model, train, test, data.strips, args.cache_dir, latent_train)
+        return results | log_likelihood(model, test, samples)
 
 
-def class_metrics(model, train, test, strips, cache_dir):
+def class_metrics(model, train, test, strips, cache_dir, latent_train=LATENT_TRAIN):
     """What asks for the class that a latent or a generated modality shows, as a flat dict."""
     with torch.enable_grad(), torch.autocast(train.labels.device.type, enabled=False):
         named, accuracy = classifiers(train, test, model.modalities, strips, cache_dir)
     results = {f"classifier_accuracy/{name}": value for name, value in accuracy.items()}
-    for subset, value in latent_accuracy(model, train, test).items():
+    for subset, value in latent_accuracy(model, train, test, latent_train).items():
         results[f"latent_accuracy/{subset}"] = value
     coherence = conditional_coherence(model, named, test)
     for subset, targets in coherence.items():
@@ -427,8 +468,14 @@ METRICS = {
     "joint coherence, %": r"(joint)_coherence",
     "latent accuracy, %": r"latent_accuracy/(.+)",
     "log p(X), nats": r"log_likelihood/(.+)",
+    "log p(x) of one, nats": r"marginal/(.+/.+)",
+    "log p(x) of one given the others, nats": r"conditional/(.+/.+)",
+    "variance of the log weights of log p(X)": r"log_weight_variance/log_likelihood/(.+)",
+    "variance of the log weights of one": r"log_weight_variance/marginal/(.+/.+)",
+    "variance of the log weights of one given the others": r"log_weight_variance/conditional/(.+/.+)",
     "the classifiers' accuracy on test data, %": r"classifier_accuracy/(.+)",
 }
+BY_SUBSET = ("latent_accuracy/", "log_likelihood/", "log_weight_variance/log_likelihood/")
 PAPERS = Path(__file__).parent / "results" / "papers.json"
 # Options that say where and how a run ran, not what it is.
 CIRCUMSTANCES = {"cache_dir", "checkpoint_every", "compile", "data_dir", "device", "download"}
@@ -446,10 +493,10 @@ def numbers(results):
         subsets = sum(key.startswith("log_likelihood/") for key in results)
         for key, column in keys.items():
             given, _, target = column.partition("/")
-            if target and (subsets > 7 or target in given.split("+")):
+            if key.startswith("coherence/") and (subsets > 7 or target in given.split("+")):
                 continue
             column = f"{given} → {target}" if target else given
-            if subsets > 7 and key.startswith(("latent_accuracy/", "log_likelihood/")):
+            if subsets > 7 and key.startswith(BY_SUBSET):
                 column = str(given.count("+") + 1)
             columns[column].append(100 * results[key] if metric.endswith("%") else results[key])
         if columns:
@@ -599,7 +646,7 @@ def draw_frontier(path, runs):
 # ------------------------------------------------------------------------------------- a run
 
 
-def report(run, model, data, args):
+def report(run, model, data, args, latent_train=LATENT_TRAIN, samples=IMPORTANCE_SAMPLES):
     """Evaluate the model: results.json and samples/ into the run's folder, the table to the
     terminal."""
     results = {
@@ -609,7 +656,9 @@ def report(run, model, data, args):
         "epochs": args.epochs,
         "seed": args.seed,
         "options": {k: v for k, v in vars(args).items() if k not in CIRCUMSTANCES},
-    } | evaluate(model, data, args)
+        "latent_train": min(latent_train, len(data.train)),
+        "importance_samples": samples,
+    } | evaluate(model, data, args, latent_train, samples)
     replace(run / "results.json", (json.dumps(results, indent=2) + "\n").encode())
     draw_samples(run / "samples", model, data)
     print(f"{len(data.test):,} test tuples, {data.source}; {args.epochs} epochs\n{table(results)}")
@@ -665,6 +714,20 @@ def main(argv=None):
     p.add_argument(
         "--against", choices=["inputs", "supervision", "keep", "beta"], default="inputs", help=kinds
     )
+    p.add_argument(
+        "--latent-train",
+        metavar="N",
+        type=lambda text: sys.maxsize if text == "all" else number(int, 10)(text),
+        default=LATENT_TRAIN,
+        help="training tuples the latents' classifier learns from, or all (default: %(default)s)",
+    )
+    p.add_argument(
+        "--importance-samples",
+        metavar="K",
+        type=number(int, 1),
+        default=IMPORTANCE_SAMPLES,
+        help="samples of each log-likelihood (default: %(default)s)",
+    )
     p.add_argument("--data-dir", metavar="DIR", help="folder of the data (default: the run's)")
     p.add_argument("--cache-dir", metavar="DIR", help="folder of the cache (default: the run's)")
     p.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to run")
@@ -699,7 +762,8 @@ def main(argv=None):
         data = datasets.load(args)
         print(f"{args.dataset}: {data.source}")
         model.to(parse_device(options.device))
-        compared.append(report(Path(run), model, data, args))
+        protocol = options.latent_train, options.importance_samples
+        compared.append(report(Path(run), model, data, args, *protocol))
     if options.side_by_side:
         draw_side_by_side(options.side_by_side, models, datasets.load(args), given)
     else:

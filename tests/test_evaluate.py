@@ -1,12 +1,14 @@
 """The evaluation: which subsets, what the oracle sees, what tables and figures show."""
 
+import dataclasses
 import json
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from torch.distributions import Independent, Normal
+from exact import log_p, modalities, sample_x, set_decoders, set_exact_experts
+from torch.distributions import Independent, MultivariateNormal, Normal, OneHotCategorical
 
 import datasets
 import evaluate
@@ -91,12 +93,194 @@ def test_attributes_are_no_class():
     torch.manual_seed(0)
     model = MoPoE(data.modalities, 2)
     results = evaluate.evaluate(model, data, SimpleNamespace(amp=False))
-    assert results.keys() == {f"log_likelihood/{s}" for s in ("x0", "x1", "x0+x1")}
+    assert not any("accuracy" in key or "coherence" in key for key in results)
     one = np.mean([results["log_likelihood/x0"], results["log_likelihood/x1"]])
     lines = [line.split() for line in evaluate.table(results).splitlines()]
     assert lines[1:] == [["1", f"{one:.1f}"], ["2", f"{results['log_likelihood/x0+x1']:.1f}"]]
     x = evaluate.examples(data.test, 12, seed=0)
     assert [t.shape for t in x.values()] == [(12, 2)] * 2
+
+
+# --------------------------------------------------------------------- by hand and by closed form
+
+
+class Told:
+    """A model by hand: z is the class that the given modalities show, as a one-hot vector, and
+    `shown` makes of z (..., 5) what every modality shows, of four classes (z itself: perfect)."""
+
+    def __init__(self, shown=lambda z, i: z):
+        self.modalities, self.shown = vectors(3), shown
+
+    def prior(self):
+        return Independent(OneHotCategorical(torch.full((5,), 0.2)), 0)
+
+    def posterior(self, x):
+        mean = torch.stack(list(x.values())).mean(0)
+        return Independent(Normal(mean, torch.full_like(mean, 1e-6)), 1)
+
+    def decode(self, z, names=None):
+        shown = {m.name: self.shown(z, i) for i, m in enumerate(self.modalities)}
+        return {name: Independent(Normal(t, 1.0), 1) for name, t in shown.items()}
+
+
+def told(n=3000, seed=0):
+    """Tuples of three modalities that show their class of five as a one-hot vector, and functions
+    that name the class."""
+    labels = torch.randint(5, (n,), generator=torch.Generator().manual_seed(seed))
+    tensors = {f"x{i}": torch.eye(5)[labels] for i in range(3)}
+    index = dict.fromkeys(tensors, torch.arange(n))
+    named = {name: lambda x, name=name: x[name].argmax(-1) for name in tensors}
+    return datasets.Split(tensors, labels, index), named
+
+
+def error(p, n):
+    return (p * (1 - p) / n) ** 0.5
+
+
+def test_a_perfect_model_has_all_of_every_metric():
+    split, named = told()
+    coherence = evaluate.conditional_coherence(Told(), named, split)
+    assert len(coherence) == 7
+    for targets in coherence.values():
+        assert list(targets.values()) == pytest.approx([1.0] * 3)
+    for means in evaluate.coherence_by_inputs(coherence).values():
+        assert list(means.values()) == pytest.approx([1.0] * len(means))
+    assert evaluate.joint_coherence(Told(), named, "cpu") == 1.0
+    assert set(evaluate.latent_accuracy(Told(), split, split).values()) == {1.0}
+
+
+def test_a_model_that_always_shows_one_class_has_that_classs_share():
+    split, named = told()
+    model = Told(lambda z, i: torch.eye(5)[2].expand_as(z))
+    share = (split.labels == 2).double().mean().item()
+    for targets in evaluate.conditional_coherence(model, named, split).values():
+        assert list(targets.values()) == pytest.approx([share] * 3)
+    assert evaluate.joint_coherence(model, named, "cpu") == 1.0
+
+
+def test_a_model_of_chance_has_chance():
+    split, named = told()
+    model = Told(lambda z, i: torch.eye(5)[torch.randint(5, z.shape[:-1])])
+    for targets in evaluate.conditional_coherence(model, named, split).values():
+        assert all(abs(v - 0.2) < 4.5 * error(0.2, 3000) for v in targets.values())
+    joint = evaluate.joint_coherence(model, named, "cpu")
+    assert abs(joint - 1 / 25) < 4 * error(1 / 25, evaluate.JOINT_SAMPLES)
+
+
+def test_permuted_labels_give_chance():
+    split, named = told()
+    order = torch.randperm(3000, generator=torch.Generator().manual_seed(1))
+    permuted = dataclasses.replace(split, labels=split.labels[order])
+    agree = (split.labels == permuted.labels).double().mean().item()
+    for targets in evaluate.conditional_coherence(Told(), named, permuted).values():
+        assert list(targets.values()) == pytest.approx([agree] * 3)
+    # What 500 permuted labels teach are at most five classes' majorities, by chance.
+    for accuracy in evaluate.latent_accuracy(Told(), permuted, permuted).values():
+        assert abs(accuracy - 0.2) < 0.1
+
+
+def linear_gaussian(M=3, widen=1.3):
+    """A model whose likelihoods are known, and 200 tuples of its own."""
+    torch.manual_seed(0)
+    model = MoPoE(modalities(M), 2)
+    set_decoders(model)
+    set_exact_experts(model, widen)
+    x = sample_x(model, 200)
+    index = dict.fromkeys(x, torch.arange(200))
+    return model, datasets.Split(x, torch.zeros(200), index), x
+
+
+def test_log_likelihoods_are_the_exact_ones_from_every_subset(float64):
+    """Joint, marginal and conditional, from posteriors wider than any p(z|x_S). With n effective
+    samples an estimate errs by 1 / √n and is 1 / 2n too low; there are 200 of them."""
+    model, split, x = linear_gaussian(widen=3.0)
+    names = list(x)
+    found = evaluate.log_likelihood(model, split, samples=2000)
+    joint = log_p(model, x).mean().item()
+    for subset in evaluate.subsets_of(model.modalities):
+        key = "+".join(subset)
+        error = {}
+        for target in (f"log_likelihood/{key}", *(f"marginal/{key}/{name}" for name in names)):
+            n = found[f"effective_samples/{target}"]
+            assert 100 < n < 2000
+            error[target] = 1 / n + 4 / (200 * n) ** 0.5
+        target = f"log_likelihood/{key}"
+        assert found[target] == pytest.approx(joint, abs=error[target])
+        for name in names:
+            target = f"marginal/{key}/{name}"
+            exact = log_p(model, {name: x[name]}).mean().item()
+            assert found[target] == pytest.approx(exact, abs=error[target])
+            others = log_p(model, {n: t for n, t in x.items() if n != name}).mean().item()
+            close = pytest.approx(joint - others, abs=2 * max(error.values()))
+            assert found[f"conditional/{key}/{name}"] == close
+
+
+def test_ten_thousand_samples_come_as_close_as_they_should(float64):
+    model, _, x = linear_gaussian(2)
+    q = model.posterior({"x0": x["x0"]})
+    exact = log_p(model, x)
+    for samples in (100, 1000, 10_000):
+        prior = [(list(x), model.prior())]
+        value, effective, _ = evaluate.weigh(evaluate.log_weights(model, q, x, samples, prior))
+        # A weight's relative variance is samples / effective - 1; the log's error is its root over
+        # the root of the samples, each of 200 tuples beyond three such errors with p = 0.003.
+        z = (value[0] - exact) / (1 / effective[0] - 1 / samples).sqrt()
+        assert (z.abs() > 3).sum() <= 6 and 0.8 < z.std() < 1.2
+
+
+def test_the_standard_error_covers_the_truth_as_often_as_it_should(float64):
+    """The model's expected log p(x) is minus the entropy of a Gaussian; of two standard errors
+    about a mean over 50 tuples 94.9 % have it (Student's t of 49 degrees)."""
+    model, _, _ = linear_gaussian(2, widen=1.0)
+    decoders = [decoder.net[0] for decoder in model.decoders]
+    W = torch.cat([net.weight for net in decoders])
+    covariance = W @ W.T + model.modalities[0].scale ** 2 * torch.eye(len(W))
+    truth = -MultivariateNormal(torch.zeros(len(W)), covariance).entropy().item()
+    covered = 0
+    for _ in range(300):
+        x = sample_x(model, 50)
+        split = datasets.Split(x, torch.zeros(50), dict.fromkeys(x, torch.arange(50)))
+        state = torch.get_rng_state()
+        found = evaluate.log_likelihood(model, split, samples=1)  # from all it is exact
+        torch.set_rng_state(state)
+        distance = found["log_likelihood/x0+x1"] - truth
+        covered += abs(distance) < 2 * found["standard_error/log_likelihood/x0+x1"]
+    assert abs(covered / 300 - 0.949) < 4 * error(0.949, 300)
+
+
+def test_effective_samples_and_variance_of_log_weights(float64):
+    log_w = 3 * torch.randn(31, 2, 7) - 700
+    value, effective, variance = evaluate.weigh(log_w.split(10))
+    w = torch.exp(log_w + 700)
+    torch.testing.assert_close(value, w.mean(0).log() - 700)
+    torch.testing.assert_close(effective, w.sum(0).square() / w.square().sum(0))
+    torch.testing.assert_close(variance, log_w.var(0))
+
+
+def test_variances_of_the_log_weights_are_those_of_the_paper(float64):
+    """Of p(x_0|x_1) with q(z|x_1) in place of p(z|x_1), Wu & Goodman 2018, supplement, Table 2."""
+    model, split, x = linear_gaussian(2)
+    found = evaluate.log_likelihood(model, split)
+    torch.manual_seed(0)
+    q, prior = model.posterior(x), model.prior()
+    z = q.sample((evaluate.IMPORTANCE_SAMPLES,))
+    log_p = {name: p.log_prob(x[name]) for name, p in model.decode(z).items()}
+    ratio = prior.log_prob(z) - q.log_prob(z)
+    by_hand = {
+        "log_likelihood/x0+x1": log_p["x0"] + log_p["x1"] + ratio,
+        "marginal/x0+x1/x0": log_p["x0"] + ratio,
+        "conditional/x0+x1/x0": log_p["x0"]
+        + model.posterior({"x1": x["x1"]}).log_prob(z)
+        - q.log_prob(z),
+    }
+    for key, log_w in by_hand.items():
+        assert found[f"log_weight_variance/{key}"] == pytest.approx(log_w.var(0).mean().item())
+
+
+def test_of_many_modalities_marginals_only_given_all(float64):
+    model, split, _ = linear_gaussian(4)
+    found = evaluate.log_likelihood(model, split, samples=2)
+    assert {key.split("/")[1] for key in found if key.startswith("marginal")} == {"x0+x1+x2+x3"}
 
 
 # ------------------------------------------------------------------------------- several runs

@@ -142,14 +142,19 @@ def test_a_run_leaves_what_it_promises(script, tmp_path, capsys):
 
     results = json.loads((path / "results.json").read_text())
     subsets = ["vector", "label", "vector+label"]
-    expected = {
-        f"{metric}/{s}" for metric in ("latent_accuracy", "log_likelihood") for s in subsets
-    }
+    expected = {f"latent_accuracy/{s}" for s in subsets}
+    likelihoods = {f"log_likelihood/{s}" for s in subsets}
+    one = {f"{s}/{target}" for s in subsets for target in ("vector", "label")}
+    likelihoods |= {f"{kind}/{key}" for kind in ("marginal", "conditional") for key in one}
+    for prefix in ("", "standard_error/", "log_weight_variance/", "effective_samples/"):
+        expected |= {prefix + key for key in likelihoods}
+    expected -= {f"effective_samples/conditional/{key}" for key in one}
     expected |= {f"coherence/{s}/{target}" for s in subsets for target in ("vector", "label")}
     expected |= {"coherence_by_inputs/1/without_inputs", "joint_coherence"}
     expected |= {f"coherence_by_inputs/{n}/with_inputs" for n in (1, 2)}
     expected |= {f"classifier_accuracy/{name}" for name in ("vector", "label")}
     facts_of = dict(script=script, dataset="tiny", source="made for tests", epochs=3, seed=0)
+    facts_of |= dict(latent_train=200, importance_samples=15)
     assert results.keys() == expected | facts_of.keys() | {"options"}
     assert facts_of.items() <= results.items() and results["options"]["latent_dim"] == 3
     assert not results["options"].keys() & {"runs_dir", "data_dir", "device", "seed"}
