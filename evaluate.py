@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import average_precision_score
 from torch.distributions import MixtureSameFamily
 from tqdm import tqdm
 
@@ -37,6 +38,7 @@ from common import (
     UserError,
     command,
     encoder,
+    fail,
     generated,
     keep_memory,
     load_checkpoint,
@@ -88,14 +90,32 @@ def representation(q):
 # ------------------------------------------------------------------------------------ metrics
 
 
+def agreement(logits, labels):
+    """How well logits (N, C) name the labels: of classes (N,) the accuracy, of attributes (N, C) the
+    mean over them of the average precision."""
+    if labels.ndim == 1:
+        return (logits.argmax(-1) == labels).double().mean().item()
+    shares = [
+        average_precision_score(there, scores)
+        for there, scores in zip(labels.T.cpu().numpy(), logits.T.cpu().numpy(), strict=True)
+        if there.any()
+    ]
+    return float(np.mean(shares))
+
+
 def train_classifier(net, seen, split, steps=1500, batch_size=128):
-    """Teach net to name the class of what the function `seen` takes from a batch x (App. B)."""
+    """Teach net to name the class, or the attributes, of what the function `seen` takes from a
+    batch x (App. B)."""
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     net.train()
     for _ in range(steps):
         rows = torch.randint(len(split), (batch_size,), device=split.labels.device)
-        loss = F.cross_entropy(net(seen(split.batch(rows)[0])), split.labels[rows])
+        logits, labels = net(seen(split.batch(rows)[0])), split.labels[rows]
+        if labels.ndim == 1:
+            loss = F.cross_entropy(logits, labels)
+        else:
+            loss = F.binary_cross_entropy_with_logits(logits, labels.float())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -117,9 +137,10 @@ def whole(x):
 def classifiers(train, test, modalities, strips, cache_dir):
     """What names the class of each modality, a network of its own encoder family, and, where they
     are `strips` of an image, of the whole, a ResNet-18, the oracle of Kutuzova et al. 2021. From
-    the cache where they are there. Returns {name: function of x} and {name: accuracy on the test
-    data}."""
-    device, classes, accuracy = train.labels.device, int(train.labels.max()) + 1, {}
+    the cache where they are there. Returns {name: x to logits} and {name: agreement with the
+    labels of the test data}."""
+    device, accuracy = train.labels.device, {}
+    classes = train.labels.shape[1] if train.labels.ndim == 2 else int(train.labels.max()) + 1
     source = inspect.getsource(train_classifier)
     kinds = {m.name: (lambda m=m: encoder(m, classes), itemgetter(m.name)) for m in modalities}
     if strips:
@@ -138,16 +159,16 @@ def classifiers(train, test, modalities, strips, cache_dir):
         key = [[train.fingerprint(m.name), repr(m)] for m in used]
         key += [repr(net), source, torch.__version__]
         net.load_state_dict(datasets.cached(cache_dir, "classifier", key, build))
-        named[name] = lambda x, net=net, seen=seen: net(seen(x)).argmax(-1)
+        named[name] = lambda x, net=net, seen=seen: net(seen(x))
         with torch.no_grad():
-            right = [named[name](x) == test.labels[rows] for rows, x in chunks(test)]
-        accuracy[name] = torch.cat(right).double().mean().item()
+            logits = torch.cat([named[name](x) for _, x in chunks(test)])
+        accuracy[name] = agreement(logits, test.labels)
     return named, accuracy
 
 
 def latent_accuracy(model, train, test, tuples=LATENT_TRAIN, seed=0):
     """Accuracy of a linear classifier of every subset's latent representation, learnt from so many
-    training tuples."""
+    training tuples; of attributes the mean of their average precisions."""
     rng = np.random.default_rng(seed)
     rows = torch.from_numpy(rng.choice(len(train), min(tuples, len(train)), replace=False))
     rows = rows.to(train.labels.device)
@@ -161,24 +182,36 @@ def latent_accuracy(model, train, test, tuples=LATENT_TRAIN, seed=0):
         torch.manual_seed(seed)
         known = latents(subset, (train.batch(part)[0] for part in rows.split(LATENT_TRAIN)))
         unseen = latents(subset, (x for _, x in chunks(test)))
-        linear = LogisticRegression(max_iter=1000).fit(known, labels)
-        accuracy["+".join(subset)] = linear.score(unseen, test.labels.cpu().numpy())
+        linear, truth = LogisticRegression(max_iter=1000), test.labels.cpu().numpy()
+        if labels.ndim == 1:
+            accuracy["+".join(subset)] = linear.fit(known, labels).score(unseen, truth)
+            continue
+        shares = [
+            average_precision_score(there, linear.fit(known, y).decision_function(unseen))
+            for y, there in zip(labels.T, truth.T, strict=True)
+            if 0 < y.sum() < len(y) and there.any()
+        ]
+        accuracy["+".join(subset)] = float(np.mean(shares))
     return accuracy
 
 
 def conditional_coherence(model, named, test, seed=0):
     """How often a modality generated from a sample of a subset's posterior shows the tuple's class:
-    {subset: {target: share}}, given modalities counting as targets too; named as `classifiers` has
-    it, of each modality and maybe of the image that they make up."""
-    right = defaultdict(lambda: defaultdict(float))
+    {subset: {target: share}}, given modalities counting as targets too; of attributes the mean of
+    their average precisions. named as `classifiers` has it, of each modality and maybe of the image
+    that they make up."""
+    coherence = {}
     for subset in subsets_of(model.modalities):
         torch.manual_seed(seed)
-        for rows, x in chunks(test):
+        logits = defaultdict(list)
+        for _, x in chunks(test):
             made = generate(model, x, subset)
-            for name, class_of in named.items():
-                hits = class_of(made) == test.labels[rows]
-                right["+".join(subset)][name] += hits.sum().item() / len(test)
-    return right
+            for name, classify in named.items():
+                logits[name].append(classify(made))
+        coherence["+".join(subset)] = {
+            name: agreement(torch.cat(parts), test.labels) for name, parts in logits.items()
+        }
+    return coherence
 
 
 def coherence_by_inputs(coherence):
@@ -204,7 +237,7 @@ def joint_coherence(model, named, device, seed=0):
     for n in torch.arange(JOINT_SAMPLES).split(CHUNK):
         z = model.prior().sample((len(n),)).to(device)
         made = {name: generated(p) for name, p in model.decode(z).items()}
-        classes = torch.stack([named[name](made) for name in made])
+        classes = torch.stack([named[name](made).argmax(-1) for name in made])
         alike += (classes == classes[0]).all(0).sum().item()
     return alike / JOINT_SAMPLES
 
@@ -289,9 +322,8 @@ def evaluate(model, data, args, latent_train=LATENT_TRAIN, samples=IMPORTANCE_SA
     train, test = data.train.to(device), data.test.to(device)
     results = {}
     with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-        if test.labels.ndim == 1:  # one class, not several attributes
-            results |= class_metrics(model, train, test, data.strips, args.cache_dir, latent_train)
-        return results | log_likelihood(model, test, samples)
+        results |= class_metrics(model, train, test, data.strips, args.cache_dir, latent_train)
+        return results | symbol_metrics(model, test) | log_likelihood(model, test, samples)
 
 
 def class_metrics(model, train, test, strips, cache_dir, latent_train=LATENT_TRAIN):
@@ -310,7 +342,39 @@ def class_metrics(model, train, test, strips, cache_dir, latent_train=LATENT_TRA
     for n, means in coherence_by_inputs(coherence).items():
         for convention, value in means.items():
             results[f"coherence_by_inputs/{n}/{convention}"] = value
-    results["joint_coherence"] = joint_coherence(model, named, test.labels.device)
+    if test.labels.ndim == 1:
+        results["joint_coherence"] = joint_coherence(model, named, test.labels.device)
+        return results
+    words = ("accuracy", "coherence")
+    return {re.sub("|".join(words), "precision", key): value for key, value in results.items()}
+
+
+def symbol_metrics(model, test, seed=0):
+    """How often a label, a text or attributes, generated from a sample of the posterior given other
+    modalities, are the tuple's own: as a whole, and symbol by symbol but padding; a flat dict (Wu &
+    Goodman 2018, supplement, Tables 4 and 5)."""
+
+    def symbolic(m):
+        return m.likelihood == "categorical" or (m.likelihood == "bernoulli" and len(m.shape) == 1)
+
+    kinds = [m for m in model.modalities if symbolic(m)]
+    results = defaultdict(float)
+    for subset in subsets_of(model.modalities):
+        targets = [m for m in kinds if m.name not in subset]
+        torch.manual_seed(seed)
+        for rows, x in chunks(test) if targets else ():
+            z = model.posterior({name: x[name] for name in subset}).sample()
+            made = model.decode(z, [m.name for m in targets])
+            for m in targets:
+                truth = x[m.name].view(len(rows), -1)
+                right = generated(made[m.name]).round().view(len(rows), -1) == truth
+                counts = truth != (-1 if m.padding is None else m.padding)
+                key = f"{'+'.join(subset)}/{m.name}"
+                whole = (right | ~counts).all(1).sum().item()
+                results[f"exact_match/{key}"] += whole / len(test)
+                if m.shape:
+                    share = (right & counts).sum(1) / counts.sum(1)
+                    results[f"symbol_accuracy/{key}"] += share.sum().item() / len(test)
     return results
 
 
@@ -467,6 +531,10 @@ METRICS = {
     "coherence from a subset to a target, %": r"coherence/(.+/.+)",
     "joint coherence, %": r"(joint)_coherence",
     "latent accuracy, %": r"latent_accuracy/(.+)",
+    "mean average precision of the latents, %": r"latent_precision/(.+)",
+    "mean average precision from a subset to a target, %": r"precision/(.+/.+)",
+    "labels and texts generated as they are, %": r"exact_match/(.+/.+)",
+    "their symbols, %": r"symbol_accuracy/(.+/.+)",
     "log p(X), nats": r"log_likelihood/(.+)",
     "log p(x) of one, nats": r"marginal/(.+/.+)",
     "log p(x) of one given the others, nats": r"conditional/(.+/.+)",
@@ -475,7 +543,13 @@ METRICS = {
     "variance of the log weights of one given the others": r"log_weight_variance/conditional/(.+/.+)",
     "the classifiers' accuracy on test data, %": r"classifier_accuracy/(.+)",
 }
-BY_SUBSET = ("latent_accuracy/", "log_likelihood/", "log_weight_variance/log_likelihood/")
+LIKELIHOODS = ("marginal/", "conditional/", "log_weight_variance/")
+BY_SUBSET = (
+    "latent_accuracy/",
+    "latent_precision/",
+    "log_likelihood/",
+    "log_weight_variance/log_likelihood/",
+)
 PAPERS = Path(__file__).parent / "results" / "papers.json"
 # Options that say where and how a run ran, not what it is.
 CIRCUMSTANCES = {"cache_dir", "checkpoint_every", "compile", "data_dir", "device", "download"}
@@ -493,7 +567,8 @@ def numbers(results):
         subsets = sum(key.startswith("log_likelihood/") for key in results)
         for key, column in keys.items():
             given, _, target = column.partition("/")
-            if key.startswith("coherence/") and (subsets > 7 or target in given.split("+")):
+            own = target in given.split("+")
+            if target and (subsets > 7 or own) and not key.startswith(LIKELIHOODS):
                 continue
             column = f"{given} → {target}" if target else given
             if subsets > 7 and key.startswith(BY_SUBSET):
@@ -737,6 +812,7 @@ def main(argv=None):
         help="do not evaluate, draw what the runs, all of one data set, generate from --given",
     )
     p.add_argument("--given", metavar="NAME", help="modality (default: the first)")
+    p.error = fail
     options = p.parse_args(argv)
     keep_memory()
     models, compared = {}, []

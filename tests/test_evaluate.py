@@ -2,17 +2,19 @@
 
 import dataclasses
 import json
+from operator import itemgetter
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from exact import log_p, modalities, sample_x, set_decoders, set_exact_experts
 from torch.distributions import Independent, MultivariateNormal, Normal, OneHotCategorical
 
 import datasets
 import evaluate
-from common import Modality, UserError
+from common import Modality, UserError, likelihood
 from mopoe import MoPoE
 
 
@@ -75,30 +77,97 @@ def test_the_oracle_names_the_image_that_its_halves_make_up(monkeypatch, tmp_pat
     images, labels = datasets.small_digits()[1]
     images = torch.from_numpy(images[:, None]) / 255
     images[:, :, 4:] = 0
-    by_hand = (named["whole"]({"image": images}) == torch.from_numpy(labels)).double().mean()
-    assert results["oracle_accuracy/top"] == pytest.approx(by_hand.item()) != accuracy["whole"]
+    with torch.no_grad():
+        classes = named["whole"]({"image": images}).argmax(-1)
+    by_hand = (classes == torch.from_numpy(labels)).double().mean().item()
+    assert results["oracle_accuracy/top"] == pytest.approx(by_hand) != accuracy["whole"]
     assert "coherence/top/whole" not in results
     assert "oracle on the whole image, given top" in evaluate.table(
         results | {f"log_likelihood/{s}": 0.0 for s in ("top", "bottom", "top+bottom")}
     )
 
 
-def test_attributes_are_no_class():
-    """Of labels (N, A) there is the log-likelihood, and its table and pictures."""
-    parts = [
-        ({f"x{i}": torch.randn(30, 2) for i in range(2)}, torch.randint(2, (30, 3)))
-        for _ in range(2)
-    ]
-    data = datasets.from_tensors(*parts, vectors(2))
+def test_attributes_have_average_precisions(tmp_path, monkeypatch):
+    """Those of labels (N, A); the table has the log-likelihood."""
+    monkeypatch.setattr(evaluate.train_classifier, "__defaults__", (2000, 64))
     torch.manual_seed(0)
+    parts = []
+    for n in (600, 200):
+        labels = torch.randint(2, (n, 3))
+        labels[:, 2] = 0  # nobody has it
+        x0 = 8.0 * labels[:, :2] - 4 + 0.1 * torch.randn(n, 2)
+        parts.append(({"x0": x0, "x1": torch.randn(n, 2)}, labels))
+    data = datasets.from_tensors(*parts, vectors(2))
     model = MoPoE(data.modalities, 2)
-    results = evaluate.evaluate(model, data, SimpleNamespace(amp=False))
+    args = SimpleNamespace(amp=False, cache_dir=tmp_path)
+    results = evaluate.evaluate(model, data, args)
     assert not any("accuracy" in key or "coherence" in key for key in results)
+    assert results["classifier_precision/x0"] > 0.95
+    assert results["latent_precision/x0"] > 0.9
+    assert 0.4 < results["latent_precision/x1"] < 0.65
+    assert {"precision/x0/x1", "precision_by_inputs/1/without_inputs"} <= results.keys()
     one = np.mean([results["log_likelihood/x0"], results["log_likelihood/x1"]])
     lines = [line.split() for line in evaluate.table(results).splitlines()]
     assert lines[1:] == [["1", f"{one:.1f}"], ["2", f"{results['log_likelihood/x0+x1']:.1f}"]]
     x = evaluate.examples(data.test, 12, seed=0)
     assert [t.shape for t in x.values()] == [(12, 2)] * 2
+
+
+def test_agreement_with_attributes_is_their_mean_average_precision():
+    labels = torch.tensor([[1, 0, 0], [0, 1, 0], [1, 1, 0], [0, 0, 0]])
+    logits = torch.tensor([[3.0, 0, 1], [2, 1, 1], [1, 2, 1], [0, -1, 1]])
+    # By rank 1 and 3 of the first; 1 and 2 of the second; the third is nowhere and does not count.
+    assert evaluate.agreement(logits, labels) == pytest.approx(((1 + 2 / 3) / 2 + 1) / 2)
+
+
+class Spelled:
+    """A model by hand that generates the same text and marks whatever is given."""
+
+    def __init__(self, text, marks):
+        kinds = dict(likelihood="categorical", categories=5, network="mlp")
+        self.modalities = [
+            *vectors(1),
+            Modality("text", (4,), padding=4, **kinds),
+            Modality("label", (), **kinds),
+            Modality("marks", (2,), "bernoulli", network="mlp"),
+        ]
+        label = torch.full((len(text),), 3)
+        self.made = {"text": text, "label": label, "marks": marks}
+
+    def posterior(self, x):
+        zeros = torch.zeros(len(next(iter(x.values()))), 1)
+        return Independent(Normal(zeros, 1.0), 1)
+
+    def decode(self, z, names=None):
+        found = {}
+        for m in self.modalities:
+            if m.name in names:
+                t = self.made[m.name][: len(z)]
+                t = t * 8.0 - 4 if m.name == "marks" else 9.0 * F.one_hot(t, 5)
+                found[m.name] = likelihood(m, t)
+        return found
+
+
+def test_symbols_are_right_one_by_one_and_as_a_whole():
+    text = torch.tensor([[0, 1, 2, 3], [0, 1, 4, 4], [1, 1, 1, 1]])
+    marks = torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 0.0]])
+    x = {"x0": torch.zeros(3, 2), "text": text.clone(), "label": torch.tensor([3, 3, 1])}
+    x["text"][1, 0] = 3  # one of two is wrong, padding apart
+    x["text"][2, 3] = 4  # a shorter text: what is generated behind it does not count
+    x["marks"] = marks * torch.tensor([0.0, 1.0])
+    split = datasets.Split(x, torch.zeros(3), dict.fromkeys(x, torch.arange(3)))
+    found = evaluate.symbol_metrics(Spelled(text, marks), split)
+    assert (
+        found["exact_match/x0/text"] == found["exact_match/x0+label/text"] == pytest.approx(2 / 3)
+    )
+    assert found["symbol_accuracy/x0/text"] == pytest.approx((1 + 1 / 2 + 1) / 3)
+    assert found["exact_match/x0/label"] == pytest.approx(2 / 3)
+    assert found["exact_match/text/marks"] == pytest.approx(1 / 3)
+    assert found["symbol_accuracy/text/marks"] == pytest.approx((1 / 2 + 1 / 2 + 1) / 3)
+    assert {key.split("/")[1] for key in found if key.endswith("/text")} == {
+        "+".join(s) for s in (["x0"], ["label"], ["marks"], ["x0", "label"], ["x0", "marks"])
+    } | {"label+marks", "x0+label+marks"}
+    assert not any(key.startswith("symbol_accuracy") for key in found if key.endswith("label"))
 
 
 # --------------------------------------------------------------------- by hand and by closed form
@@ -125,11 +194,11 @@ class Told:
 
 def told(n=3000, seed=0):
     """Tuples of three modalities that show their class of five as a one-hot vector, and functions
-    that name the class."""
+    that give its logits."""
     labels = torch.randint(5, (n,), generator=torch.Generator().manual_seed(seed))
     tensors = {f"x{i}": torch.eye(5)[labels] for i in range(3)}
     index = dict.fromkeys(tensors, torch.arange(n))
-    named = {name: lambda x, name=name: x[name].argmax(-1) for name in tensors}
+    named = {name: itemgetter(name) for name in tensors}
     return datasets.Split(tensors, labels, index), named
 
 

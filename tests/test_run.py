@@ -151,6 +151,7 @@ def test_a_run_leaves_what_it_promises(script, tmp_path, capsys):
     expected -= {f"effective_samples/conditional/{key}" for key in one}
     expected |= {f"coherence/{s}/{target}" for s in subsets for target in ("vector", "label")}
     expected |= {"coherence_by_inputs/1/without_inputs", "joint_coherence"}
+    expected |= {"exact_match/vector/label"}
     expected |= {f"coherence_by_inputs/{n}/with_inputs" for n in (1, 2)}
     expected |= {f"classifier_accuracy/{name}" for name in ("vector", "label")}
     facts_of = dict(script=script, dataset="tiny", source="made for tests", epochs=3, seed=0)
