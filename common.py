@@ -354,6 +354,8 @@ def parser(description, defaults):
         default=60.0,
         help="least time between checkpoints; the last epoch always has one",
     )
+    kinds = "evaluate every N epochs on 1,000 training tuples, for TensorBoard; 0 is never"
+    add("--eval-every", metavar="N", type=number(int, 0, 10**6), default=0, help=kinds)
     add("--no-eval", action="store_true", help="leave out the evaluation at the end")
     return p, model
 

@@ -325,6 +325,8 @@ def main(argv=None):
             bar.set_postfix_str(f"epoch {epoch}, objective {row['objective']:.1f}")
             if rank == 0:
                 common.write_row(run, writer, row)
+                if args.eval_every and epoch % args.eval_every == 0:
+                    evaluate.watch(writer, model, data, args, epoch)
                 if epoch == args.epochs or time.monotonic() - saved > args.checkpoint_every:
                     common.save_checkpoint(run, model, optimizer, epoch, config)
                     saved = time.monotonic()

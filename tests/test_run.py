@@ -95,13 +95,13 @@ def rows(path):
         return list(csv.DictReader(file))
 
 
-def scalars(path):
+def scalars(path, name="objective"):
     """{epoch: objective} as TensorBoard shows it."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     log = EventAccumulator(str(path))
     log.Reload()
-    return {event.step: event.value for event in log.Scalars("objective")}
+    return {event.step: event.value for event in log.Scalars(name)}
 
 
 def one_line(capsys, *fragments):
@@ -208,11 +208,20 @@ def test_the_seed_decides_everything(script, tmp_path):
 
 
 @every_script
-def test_evaluation_does_not_disturb_training(script, tmp_path):
+def test_evaluation_does_not_disturb_training(script, tmp_path, monkeypatch):
+    """Neither at the end nor on the way, where it sees training data only."""
     plain = run(script, tmp_path / "plain", "--no-eval")
     path = run(script, tmp_path / "evaluated", "--epochs", "2")
     resume(script, path, "--epochs", "3")
     assert_same_weights(plain, path)
+    seen, original = [], evaluate.evaluate
+    spy = lambda model, data, args: seen.append(data) or original(model, data, args)
+    monkeypatch.setattr(evaluate, "evaluate", spy)
+    path = run(script, tmp_path / "watched", "--no-eval", "--eval-every", "2")
+    assert_same_weights(plain, path)
+    (data,) = seen
+    assert data.test.tensors is data.train.tensors and len(data.test) == len(data.train)
+    assert scalars(path, "train/joint_coherence").keys() == {2}
 
 
 @every_script
