@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import importlib
 import inspect
+import itertools
 import json
 import math
 import re
@@ -28,9 +29,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
+from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score
 from torch.distributions import MixtureSameFamily
+from torch.distributions.kl import kl_divergence
 from tqdm import tqdm
 
 import datasets
@@ -479,12 +482,12 @@ def draw_grid(path, rows, title):
 
 
 def examples(test, n, seed):
-    """n test tuples, their classes spread evenly, as a dict of tensors."""
+    """n test tuples, their classes spread evenly: a dict of tensors, and the labels."""
     rng = np.random.default_rng(seed)
     first = test.labels.view(len(test), -1)[:, 0]  # of several attributes
     by_class = np.argsort(first.cpu().numpy() + rng.uniform(0, 0.5, len(test)))
-    rows = torch.from_numpy(by_class[:: max(1, len(test) // n)][:n].copy())
-    return test.batch(rows.to(test.labels.device))[0]
+    rows = torch.from_numpy(by_class[:: max(1, len(test) // n)][:n].copy()).to(first.device)
+    return test.batch(rows)[0], test.labels[rows]
 
 
 def generate(model, x, given):
@@ -497,7 +500,7 @@ def generate(model, x, given):
 def draw_samples(folder, model, data, n=12, seed=0):
     """reconstructions.png, from_<name>.png for every single modality, and joint.png."""
     folder.mkdir(exist_ok=True)
-    x = examples(data.test.to(next(model.parameters()).device), n, seed)
+    x, _ = examples(data.test.to(next(model.parameters()).device), n, seed)
     modalities = model.modalities
     torch.manual_seed(seed)
 
@@ -517,11 +520,63 @@ def draw_samples(folder, model, data, n=12, seed=0):
 
 
 @torch.no_grad()
+def draw_latents(folder, model, test, seed=0):
+    """latents.png: the KL of each latent dimension between the posteriors given one modality and
+    the prior, and between two of them, both ways and in the mean over the pairs; beside it the
+    representations given all on their two main axes. traverse_<name>.png: what the three
+    dimensions that differ most from the prior show, from a mean given one modality five of the
+    prior's standard deviations down and up (Shi et al. 2019, Figure 5)."""
+    x, labels = examples(test, 500, seed)
+    torch.manual_seed(seed)
+    given = {m.name: model.posterior({m.name: x[m.name]}) for m in model.modalities}
+    factors, prior = {name: factors_of(q) for name, q in given.items()}, model.prior().base_dist
+    to_prior = {name: kl_divergence(q, prior).mean(0).cpu() for name, q in factors.items()}
+    pairs = itertools.permutations(factors.values(), 2)
+    between = 2 * torch.stack([kl_divergence(*pair).mean(0) for pair in pairs]).mean(0).cpu()
+    order = sum(to_prior.values()).argsort(descending=True)
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for name, kl in to_prior.items():
+        left.plot(kl[order], label=f"given {name}, to the prior")
+    left.plot(between[order], "k:", label="between two, both ways")
+    left.set_yscale("symlog", linthresh=0.1)
+    left.set_xlabel("latent dimension, the most used first")
+    left.set_ylabel("KL, nats")
+    left.legend(fontsize=8)
+    axes = PCA(2).fit_transform(representation(model.posterior(x)).float().cpu())
+    right.scatter(*axes.T, c=labels.view(len(axes), -1)[:, 0].cpu(), cmap="tab10", s=8)
+    right.set_title("mean given all, by class", fontsize=10)
+    right.set_xlabel("first principal component")
+    right.set_ylabel("second")
+    figure.savefig(folder / "latents.png", dpi=100)
+    plt.close(figure)
+
+    for name, q in factors.items():
+        grid = []
+        for d in order[:3].tolist():
+            z = q.mean[:1].repeat(11, 1)
+            z[:, d] += torch.linspace(-5, 5, 11).to(z) * prior.stddev[d]
+            made = model.decode(z)
+            grid += [(m, generated(made[m.name]), f"z{d}, {m.name}") for m in model.modalities]
+        title = f"given {name}, a dimension from -5 to 5 standard deviations"
+        draw_grid(folder / f"traverse_{name}.png", grid, title)
+
+
+def factors_of(q):
+    """The univariate densities (B, D) of a posterior, of a mixture those of its first component,
+    the only one where one modality is given."""
+    if not isinstance(q, MixtureSameFamily):
+        return q.base_dist
+    p = q.component_distribution.base_dist
+    return type(p)(p.loc[:, 0], p.scale[:, 0], validate_args=False)
+
+
+@torch.no_grad()
 def draw_side_by_side(path, models, data, given, n=8, seed=0):
     """A PNG with a column of panels for each of the models (a dict by title): the same test
     examples of the modality `given`, and every modality generated from it."""
     modalities = next(iter(models.values())).modalities
-    x = examples(data.test, n, seed)
+    x, _ = examples(data.test, n, seed)
     (shown,) = (m for m in modalities if m.name == given)
     figure, axes = plt.subplots(
         1 + len(modalities),
@@ -757,6 +812,7 @@ def report(run, model, data, args, latent_train=LATENT_TRAIN, samples=IMPORTANCE
     } | evaluate(model, data, args, latent_train, samples)
     replace(run / "results.json", (json.dumps(results, indent=2) + "\n").encode())
     draw_samples(run / "samples", model, data)
+    draw_latents(run / "samples", model, data.test.to(next(model.parameters()).device))
     print(f"{len(data.test):,} test tuples, {data.source}; {args.epochs} epochs\n{table(results)}")
     return results
 

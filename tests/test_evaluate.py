@@ -109,7 +109,8 @@ def test_attributes_have_average_precisions(tmp_path, monkeypatch):
     one = np.mean([results["log_likelihood/x0"], results["log_likelihood/x1"]])
     lines = [line.split() for line in evaluate.table(results).splitlines()]
     assert lines[1:] == [["1", f"{one:.1f}"], ["2", f"{results['log_likelihood/x0+x1']:.1f}"]]
-    x = evaluate.examples(data.test, 12, seed=0)
+    x, labels = evaluate.examples(data.test, 12, seed=0)
+    assert labels.shape == (12, 3)
     assert [t.shape for t in x.values()] == [(12, 2)] * 2
 
 

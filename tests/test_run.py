@@ -161,7 +161,9 @@ def test_a_run_leaves_what_it_promises(script, tmp_path, capsys):
     assert not results["options"].keys() & {"runs_dir", "data_dir", "device", "seed"}
 
     pictures = {p.name for p in (path / "samples").iterdir()}
-    assert pictures == {"reconstructions.png", "from_vector.png", "from_label.png", "joint.png"}
+    assert pictures == {"reconstructions.png", "joint.png", "latents.png"} | {
+        f"{kind}_{name}.png" for kind in ("from", "traverse") for name in ("vector", "label")
+    }
     assert {p.name.split(".")[0] for p in path.iterdir()} == {
         "args",
         "checkpoint",
