@@ -525,7 +525,8 @@ def draw_latents(folder, model, test, seed=0):
     the prior, and between two of them, both ways and in the mean over the pairs; beside it the
     representations given all on their two main axes. traverse_<name>.png: what the three
     dimensions that differ most from the prior show, from a mean given one modality five of the
-    prior's standard deviations down and up (Shi et al. 2019, Figure 5)."""
+    prior's standard deviations down and up, with up to eight modalities (Shi et al. 2019, Figure
+    5)."""
     x, labels = examples(test, 500, seed)
     torch.manual_seed(seed)
     given = {m.name: model.posterior({m.name: x[m.name]}) for m in model.modalities}
@@ -544,14 +545,15 @@ def draw_latents(folder, model, test, seed=0):
     left.set_ylabel("KL, nats")
     left.legend(fontsize=8)
     axes = PCA(2).fit_transform(representation(model.posterior(x)).float().cpu())
-    right.scatter(*axes.T, c=labels.view(len(axes), -1)[:, 0].cpu(), cmap="tab10", s=8)
-    right.set_title("mean given all, by class", fontsize=10)
+    points = right.scatter(*axes.T, c=labels.view(len(axes), -1)[:, 0].cpu(), cmap="tab10", s=8)
+    right.legend(*points.legend_elements(), fontsize=8, title="class")
+    right.set_title("mean given all", fontsize=10)
     right.set_xlabel("first principal component")
     right.set_ylabel("second")
     figure.savefig(folder / "latents.png", dpi=100)
     plt.close(figure)
 
-    for name, q in factors.items():
+    for name, q in factors.items() if len(factors) <= 8 else ():
         grid = []
         for d in order[:3].tolist():
             z = q.mean[:1].repeat(11, 1)
