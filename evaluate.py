@@ -326,9 +326,8 @@ def evaluate(model, data, args, latent_train=LATENT_TRAIN, samples=IMPORTANCE_SA
     model.eval()
     device = next(model.parameters()).device
     train, test = data.train.to(device), data.test.to(device)
-    results = {}
     with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-        results |= class_metrics(model, train, test, data.strips, args.cache_dir, latent_train)
+        results = class_metrics(model, train, test, data.strips, args.cache_dir, latent_train)
         return results | symbol_metrics(model, test) | log_likelihood(model, test, samples)
 
 
@@ -351,8 +350,7 @@ def class_metrics(model, train, test, strips, cache_dir, latent_train=LATENT_TRA
     if test.labels.ndim == 1:
         results["joint_coherence"] = joint_coherence(model, named, test.labels.device)
         return results
-    words = ("accuracy", "coherence")
-    return {re.sub("|".join(words), "precision", key): value for key, value in results.items()}
+    return {re.sub("accuracy|coherence", "precision", key): v for key, v in results.items()}
 
 
 def symbol_metrics(model, test, seed=0):
@@ -379,7 +377,7 @@ def symbol_metrics(model, test, seed=0):
                 whole = (right | ~counts).all(1).sum().item()
                 results[f"exact_match/{key}"] += whole / len(test)
                 if m.shape:
-                    share = (right & counts).sum(1) / counts.sum(1)
+                    share = (right & counts).sum(1) / counts.sum(1).clamp(min=1)
                     results[f"symbol_accuracy/{key}"] += share.sum().item() / len(test)
     return results
 
@@ -486,7 +484,8 @@ def examples(test, n, seed):
     rng = np.random.default_rng(seed)
     first = test.labels.view(len(test), -1)[:, 0]  # of several attributes
     by_class = np.argsort(first.cpu().numpy() + rng.uniform(0, 0.5, len(test)))
-    rows = torch.from_numpy(by_class[:: max(1, len(test) // n)][:n].copy()).to(first.device)
+    even = np.linspace(0, len(test) - 1, min(n, len(test))).round().astype(int)
+    rows = torch.from_numpy(by_class[even]).to(first.device)
     return test.batch(rows)[0], test.labels[rows]
 
 

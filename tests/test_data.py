@@ -341,6 +341,17 @@ def test_cache_is_whole_or_absent(tmp_path):
         datasets.cached(tmp_path, "x", [1], killed)
 
 
+def test_two_builders_of_one_cache_both_succeed(tmp_path):
+    """The second begins and ends while the first still builds."""
+
+    def first():
+        datasets.cached(tmp_path, "x", [1], lambda: {"a": torch.ones(2)})
+        return {"a": torch.ones(2)}
+
+    assert datasets.cached(tmp_path, "x", [1], first)["a"].sum() == 2
+    assert len(list(tmp_path.iterdir())) == 1
+
+
 def streams(n, M, supervision, seed=0):
     tensors = {f"x{i}": torch.arange(n).float()[:, None] for i in range(M)}
     mods = [Modality(name, (1,), network="linear") for name in tensors]

@@ -149,6 +149,16 @@ class Spelled:
         return found
 
 
+@pytest.mark.parametrize("n", [5, 12, 77, 100, 200])
+def test_examples_are_of_all_classes_evenly(n):
+    labels = torch.arange(100) % 5
+    split = datasets.Split({"x0": labels}, labels, {"x0": torch.arange(100)})
+    x, shown = evaluate.examples(split, n, seed=0)
+    assert x["x0"].equal(shown) and len(shown) == min(n, 100)
+    counts = shown.bincount(minlength=5)
+    assert counts.max() - counts.min() <= 1
+
+
 def test_symbols_are_right_one_by_one_and_as_a_whole():
     text = torch.tensor([[0, 1, 2, 3], [0, 1, 4, 4], [1, 1, 1, 1]])
     marks = torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 0.0]])
