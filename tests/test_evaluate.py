@@ -82,13 +82,12 @@ def test_the_oracle_names_the_image_that_its_halves_make_up(monkeypatch, tmp_pat
     by_hand = (classes == torch.from_numpy(labels)).double().mean().item()
     assert results["oracle_accuracy/top"] == pytest.approx(by_hand) != accuracy["whole"]
     assert "coherence/top/whole" not in results
-    assert "oracle on the whole image, given top" in evaluate.table(
-        results | {f"log_likelihood/{s}": 0.0 for s in ("top", "bottom", "top+bottom")}
-    )
+    shown = evaluate.numbers(results)["class of the whole image, by the oracle, %"]
+    assert shown["top"] == pytest.approx(100 * by_hand)
 
 
 def test_attributes_have_average_precisions(tmp_path, monkeypatch):
-    """Those of labels (N, A); the table has the log-likelihood."""
+    """Those of labels (N, A)."""
     monkeypatch.setattr(evaluate.train_classifier, "__defaults__", (2000, 64))
     torch.manual_seed(0)
     parts = []
@@ -106,9 +105,12 @@ def test_attributes_have_average_precisions(tmp_path, monkeypatch):
     assert results["latent_precision/x0"] > 0.9
     assert 0.4 < results["latent_precision/x1"] < 0.65
     assert {"precision/x0/x1", "precision_by_inputs/1/without_inputs"} <= results.keys()
-    one = np.mean([results["log_likelihood/x0"], results["log_likelihood/x1"]])
-    lines = [line.split() for line in evaluate.table(results).splitlines()]
-    assert lines[1:] == [["1", f"{one:.1f}"], ["2", f"{results['log_likelihood/x0+x1']:.1f}"]]
+    shown = evaluate.numbers(results)
+    assert list(shown["mean average precision from a subset to a target, %"]) == [
+        "x0 → x1",
+        "x1 → x0",
+    ]
+    assert "latent accuracy, %" not in shown and evaluate.CLASSIFIERS not in shown
     x, labels = evaluate.examples(data.test, 12, seed=0)
     assert labels.shape == (12, 3)
     assert [t.shape for t in x.values()] == [(12, 2)] * 2
@@ -417,9 +419,13 @@ def test_tables_state_source_epochs_seeds_and_the_papers_number(tmp_path, capsys
     paper = ["66.0", "77.0", "81.0", "300", "5"]
     assert next(line for line in lines if line[-5:] == paper)[:3] == ["Sutter", "et", "al."]
     assert "mopoe.py" not in second
-    evaluate.main([*write(tmp_path, *runs), "--markdown"])
+    assert "errors bound" not in first
+    runs[0] |= {"classifier_accuracy/x0": 0.98, "classifier_accuracy/x1": 0.96}
+    evaluate.main(write(tmp_path, runs[0]))
+    assert "Below 97 % a classifier's errors bound the coherence: x1." in capsys.readouterr().out
+    evaluate.main([*write(tmp_path, *runs[1:], made(M=4)), "--markdown"])
     assert "| mopoe.py | 50.0 ± 0.0 |" in capsys.readouterr().out
-    evaluate.main([*write(tmp_path, *runs), "--json"])
+    evaluate.main([*write(tmp_path, *runs[1:]), "--json"])
     here, elsewhere = json.loads(capsys.readouterr().out)
     assert here["source"] == "here" and elsewhere["latent accuracy, %"]["mvae.py"]["1"] == [
         50,
