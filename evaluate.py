@@ -650,7 +650,8 @@ def comparison(runs, markdown=False):
     found = statistics(runs)
     for metric, rows in found.items():
         columns = list(next(iter(rows.values())))
-        cells = [[metric, *columns, "epochs", "seeds"]]
+        titles = [f"{column} given" if column.isdecimal() else column for column in columns]
+        cells = [[metric, *titles, "epochs", "seeds"]]
         for label, row in rows.items():
             seeds = sorted(results["seed"] for results in members[label])
             tail = [str(members[label][0]["epochs"]), ", ".join(map(str, seeds))]
