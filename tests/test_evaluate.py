@@ -231,6 +231,18 @@ def test_a_perfect_model_has_all_of_every_metric():
     assert set(evaluate.latent_accuracy(Told(), split, split).values()) == {1.0}
 
 
+def test_both_conventions_of_coherence():
+    """Over the targets that were not given, and over all."""
+    coherence = {
+        "x0": {"x0": 1.0, "x1": 0.2},
+        "x1": {"x0": 0.4, "x1": 0.8},
+        "x0+x1": {"x0": 0.9, "x1": 0.7},
+    }
+    means = evaluate.coherence_by_inputs(coherence)
+    assert means[1] == pytest.approx({"without_inputs": 0.3, "with_inputs": 0.6})
+    assert means[2] == pytest.approx({"with_inputs": 0.8})
+
+
 def test_a_model_that_always_shows_one_class_has_that_classs_share():
     split, named = told()
     model = Told(lambda z, i: torch.eye(5)[2].expand_as(z))

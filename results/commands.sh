@@ -1,0 +1,35 @@
+#!/bin/sh
+# All of this folder but papers.json, made anew from the repository's root: days on two CPU cores.
+# MNIST must be in $MULTIMODAL_DATA (or data/). Each block can be run alone.
+set -e
+
+# run NAME SCRIPT OPTION... trains and keeps the results as results/NAME.json
+run() {
+    name=$1 script=$2
+    shift 2
+    python "$script.py" "$@" --runs-dir "runs/$name"
+    cp "runs/$name"/*/results.json "results/$name.json"
+}
+
+for seed in 0 1 2 3 4; do
+    for script in mvae mmvae mopoe svae vaevae; do
+        run "polydigits__${script}__$seed" "$script" --seed "$seed"
+    done
+done
+python evaluate.py results/polydigits__*.json --figure results/polydigits_by_inputs.png
+python evaluate.py runs/polydigits__*__0/* --side-by-side results/polydigits_from_m1.png --given m1
+
+run polymnist__mopoe__0 mopoe --dataset polymnist --beta 2.5 --amp --epochs 20
+cp runs/polymnist__mopoe__0/*/samples/from_m1.png results/polymnist_from_m1.png
+
+for share in 1 0.1 0.01 0.001; do
+    for script in mvae mmvae mopoe svae vaevae; do
+        run "mnist-split__${script}__0__$share" "$script" --dataset mnist-split \
+            --supervision "$share" --epochs 6 --amp
+    done
+done
+python evaluate.py results/mnist-split__*.json --against supervision \
+    --figure results/mnist-split_by_supervision.png
+
+python benchmarks/throughput.py --modes float32 bf16 --windows 5 --seconds 2 \
+    --json results/throughput_cpu.json
