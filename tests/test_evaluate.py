@@ -161,6 +161,62 @@ def test_examples_are_of_all_classes_evenly(n):
     assert counts.max() - counts.min() <= 1
 
 
+class Birds:
+    """By hand: z is a class of eight, as a one-hot vector; pictures are the class's features, and
+    captions have its words, or those of any class."""
+
+    def __init__(self, any_class=False):
+        words = ("<exc>", "<pad>", "<eos>", *(f"word{i}" for i in range(40)))
+        kind = dict(categories=len(words), alphabet=words, padding=1, network="cub-caption")
+        self.modalities = [
+            Modality("image", (20,), "normal", network="linear"),
+            Modality("caption", (32,), "categorical", **kind),
+        ]
+        self.any_class = any_class
+        generator = torch.Generator().manual_seed(0)
+        self.features = torch.randn(8, 20, generator=generator)
+
+    def show(self, k, noise=0.1):
+        """Features and captions of the classes k: three of four words of its own, and others."""
+        image = self.features[k] + noise * torch.randn(len(k), 20)
+        if self.any_class:
+            k = torch.randint(8, (len(k),))
+        own = 3 + 4 * k[:, None] + torch.rand(len(k), 4).argsort(1)[:, :3]
+        text = torch.cat([own, torch.randint(35, 43, (len(k), 2)), torch.full_like(own, 2)], 1)
+        return {"image": image, "caption": F.pad(text, (0, 24), value=1)}
+
+    def prior(self):
+        return OneHotCategorical(torch.full((8,), 1 / 8))
+
+    def posterior(self, x):
+        if "image" in x:
+            k = (x["image"][:, None] - self.features).square().sum(-1).argmin(1)
+        else:
+            k = (x["caption"][:, 0] - 3) // 4
+        return Independent(Normal(F.one_hot(k, 8).float(), 1e-6), 1)
+
+    def decode(self, z, names=None):
+        x = self.show(z.argmax(-1))
+        x["caption"] = 9.0 * F.one_hot(x["caption"], 43)
+        return {m.name: likelihood(m, x[m.name]) for m in self.modalities}
+
+
+def test_pictures_and_captions_correlate_where_they_belong_together():
+    torch.manual_seed(0)
+    parts = [(Birds().show(torch.arange(n) % 8), torch.zeros(n)) for n in (1600, 400)]
+    data = datasets.from_tensors(*parts, Birds().modalities)
+    found = evaluate.correlation(Birds(), data.train, data.test)
+    keys = ["correlation/data", "correlation/joint", "correlation/image/caption"]
+    assert set(found) == {*keys, "correlation/caption/image"}
+    assert found["correlation/data"] > 0.3
+    for value in found.values():
+        assert value == pytest.approx(found["correlation/data"], abs=0.05)
+    wrong = evaluate.correlation(Birds(any_class=True), data.train, data.test)
+    assert wrong["correlation/data"] == found["correlation/data"]
+    assert abs(wrong["correlation/joint"]) < 0.1 > abs(wrong["correlation/image/caption"])
+    assert evaluate.correlation(Told(), None, None) == {}
+
+
 def test_symbols_are_right_one_by_one_and_as_a_whole():
     text = torch.tensor([[0, 1, 2, 3], [0, 1, 4, 4], [1, 1, 1, 1]])
     marks = torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 0.0]])
