@@ -69,8 +69,8 @@ def settings(own):
 
 @dataclass(frozen=True)
 class Split:
-    """Tuples of all modalities: tensors[name] (n, *shape), labels (N,) or attributes (N, A), and for
-    each modality the row of tensors[name] that belongs to each tuple, index[name] (N,). observed
+    """Tuples of all modalities: tensors[name] (n, *shape), labels (N,), or attributes (N, A), and
+    for each modality the row of tensors[name] that belongs to each tuple, index[name] (N,). observed
     (N, M) is False where a modality is missing, None where none is. Where there are streams (see
     `with_streams`), a batch is an equal number of rows of each."""
 

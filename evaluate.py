@@ -100,8 +100,8 @@ def representation(q):
 
 
 def agreement(logits, labels):
-    """How well logits (N, C) name the labels: of classes (N,) the accuracy, of attributes (N, C) the
-    mean over them of the average precision."""
+    """How well logits (N, C) name the labels: of classes (N,) the accuracy, of attributes (N, C)
+    the mean over them of the average precision."""
     if labels.ndim == 1:
         return (logits.argmax(-1) == labels).double().mean().item()
     shares = [
@@ -621,9 +621,9 @@ METRICS = {
     "log p(X), nats": r"log_likelihood/(.+)",
     "log p(x) of one, nats": r"marginal/(.+/.+)",
     "log p(x) of one given the others, nats": r"conditional/(.+/.+)",
-    "variance of the log weights of log p(X)": r"log_weight_variance/log_likelihood/(.+)",
-    "variance of the log weights of one": r"log_weight_variance/marginal/(.+/.+)",
-    "variance of the log weights of one given the others": r"log_weight_variance/conditional/(.+/.+)",
+    "variance of log w, log p(X)": r"log_weight_variance/log_likelihood/(.+)",
+    "variance of log w, log p(x) of one": r"log_weight_variance/marginal/(.+/.+)",
+    "variance of log w, one given the others": r"log_weight_variance/conditional/(.+/.+)",
     CLASSIFIERS: r"classifier_accuracy/(.+)",
 }
 LIKELIHOODS = ("marginal/", "conditional/", "log_weight_variance/")
@@ -695,8 +695,8 @@ def statistics(runs):
 
 
 def comparison(runs, markdown=False):
-    """Tables of runs of one data set, one for each metric, a row for each setting and, where
-    results/papers.json has it, the paper's below it."""
+    """Tables of runs of one data set, one for each metric, a row for each setting and below it,
+    where results/papers.json has them for these options, the paper's numbers."""
     papers = json.loads(PAPERS.read_text()).get(runs[0]["dataset"], {})
     members, lines = groups(runs), []
     found = statistics(runs)
@@ -708,8 +708,8 @@ def comparison(runs, markdown=False):
             seeds = sorted(results["seed"] for results in members[label])
             tail = [str(members[label][0]["epochs"]), ", ".join(map(str, seeds))]
             cells.append([label, *(plus_minus(*row[column]) for column in columns), *tail])
-            paper = papers.get(label.split(".")[0], {}).get(metric)
-            if paper:
+            paper = papers.get(members[label][0]["script"], {}).get(metric)
+            if paper and paper["options"].items() <= members[label][0]["options"].items():
                 theirs = [plus_minus(*paper["columns"].get(column, [None])) for column in columns]
                 cells.append([paper["source"], *theirs, str(paper["epochs"]), str(paper["seeds"])])
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]

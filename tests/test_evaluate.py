@@ -478,7 +478,7 @@ def test_more_than_three_modalities_are_shown_by_the_number_given():
 
 
 def test_tables_state_source_epochs_seeds_and_the_papers_number(tmp_path, capsys):
-    runs = [made(M=4), made(M=4, seed=1), made("mvae", M=4, source="elsewhere")]
+    runs = [made(M=4, beta=2.5), made(M=4, beta=2.5, seed=1), made("mvae", M=4, source="elsewhere")]
     evaluate.main(write(tmp_path, *runs))
     first, second = capsys.readouterr().out.split("polymnist: ")[1:]
     assert first.startswith("here\n") and second.startswith("elsewhere\n")
@@ -487,11 +487,13 @@ def test_tables_state_source_epochs_seeds_and_the_papers_number(tmp_path, capsys
     paper = ["66.0", "77.0", "81.0", "300", "5"]
     assert next(line for line in lines if line[-5:] == paper)[:3] == ["Sutter", "et", "al."]
     assert "mopoe.py" not in second
+    evaluate.main(write(tmp_path, made(M=4, beta=1.0)))
+    assert "Sutter" not in capsys.readouterr().out  # they have β = 2.5
     assert "errors bound" not in first
     runs[0] |= {"classifier_accuracy/x0": 0.98, "classifier_accuracy/x1": 0.96}
     evaluate.main(write(tmp_path, runs[0]))
     assert "Below 97 % a classifier's errors bound the coherence: x1." in capsys.readouterr().out
-    evaluate.main([*write(tmp_path, *runs[1:], made(M=4)), "--markdown"])
+    evaluate.main([*write(tmp_path, *runs[1:], made(M=4, beta=2.5)), "--markdown"])
     assert "| mopoe.py | 50.0 ± 0.0 |" in capsys.readouterr().out
     evaluate.main([*write(tmp_path, *runs[1:]), "--json"])
     here, elsewhere = json.loads(capsys.readouterr().out)
@@ -508,7 +510,7 @@ def test_the_papers_numbers_are_of_what_there_is():
             assert script in ("mvae", "mmvae", "mopoe", "svae", "vaevae")
             assert metrics.keys() <= evaluate.METRICS.keys()
             for paper in metrics.values():
-                assert paper.keys() == {"source", "epochs", "seeds", "columns"}
+                assert paper.keys() == {"source", "epochs", "seeds", "options", "columns"}
 
 
 def test_curves_are_over_the_inputs_or_an_option(tmp_path):
