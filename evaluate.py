@@ -697,7 +697,8 @@ def statistics(runs):
 def comparison(runs, markdown=False):
     """Tables of runs of one data set, one for each metric, a row for each setting and below it,
     where results/papers.json has them for these options, the paper's numbers."""
-    papers = json.loads(PAPERS.read_text()).get(runs[0]["dataset"], {})
+    papers = json.loads(PAPERS.read_text()) if PAPERS.is_file() else {}
+    papers = papers.get(runs[0]["dataset"], {})
     members, lines = groups(runs), []
     found = statistics(runs)
     for metric, rows in found.items():
