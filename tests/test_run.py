@@ -513,6 +513,7 @@ NONSENSE = [
 ]
 # What is no mistake after all; all other values of NONSENSE are.
 ALLOWED = {
+    "--eval-every": {"0"},
     "--beta": {"0", "1.5"},
     "--keep": {"0"},
     "--lr": {"0", "1.5"},
