@@ -1,6 +1,7 @@
 #!/bin/sh
 # All of this folder but papers.json, made anew from the repository's root: days on two CPU cores.
-# MNIST must be in $MULTIMODAL_DATA (or data/). Each block can be run alone.
+# MNIST must be in $MULTIMODAL_DATA (or data/). Each block can be run alone. The results were made by
+# these commands one by one, not by this script in one go.
 set -e
 
 # run NAME SCRIPT OPTION... trains and keeps the results as results/NAME.json
