@@ -53,6 +53,7 @@ def no_process_is_left_behind():
         process = STARTED.pop()
         process.terminate()  # lets torchrun end its workers
         try:
-            process.wait(10)
+            process.wait(10) if isinstance(process, subprocess.Popen) else process.join(10)
         except subprocess.TimeoutExpired:
-            process.kill()
+            pass
+        process.kill()

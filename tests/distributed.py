@@ -1,13 +1,15 @@
-"""Run by torchrun from test_distributed.py: each process takes its rows of one joint batch.
+"""Run by torchrun from test_distributed.py, for each script:
 
     torchrun --nproc-per-node 2 distributed.py FOLDER SCRIPT...
 
-Rank 0 writes to FOLDER/SCRIPT.pt the objective and the gradients that the processes find together,
-and those of one process with the joint batch and the same noise.
+a run of two epochs into FOLDER/runs and its resumption to three; then each process takes its rows
+of one joint batch, and rank 0 writes to FOLDER/SCRIPT.pt the objective and the gradients that the
+processes find together, and those of one process with the joint batch and the same noise.
 """
 
 import importlib
 import sys
+from pathlib import Path
 
 import tiny
 import torch
@@ -20,7 +22,7 @@ def gradients(model):
     return [p.grad.clone() for p in model.parameters() if p.requires_grad]
 
 
-def main(script, file):
+def one_batch(script, file):
     rank, world = distributed.get_rank(), distributed.get_world_size()
     module = importlib.import_module(script)
     (method,) = [value for name, value in vars(module).items() if name.lower() == script]
@@ -63,8 +65,18 @@ def main(script, file):
 
 
 if __name__ == "__main__":
-    distributed.init_process_group("gloo")
     folder, *scripts = sys.argv[1:]
+    distributed.init_process_group("gloo")
+    # torchrun's store serves one group, so all runs share it instead of having each its own.
+    end, ended = distributed.destroy_process_group, []
+    distributed.init_process_group = lambda backend: None
+    distributed.destroy_process_group = lambda: ended.append(True)
     for name in scripts:
-        main(name, f"{folder}/{name}.pt")
-    distributed.destroy_process_group()
+        options = ["--runs-dir", f"{folder}/runs", "--no-eval", "--epochs"]
+        tiny.main(name, [*options, "2"])
+        (path,) = Path(folder).glob(f"runs/tiny__{name}__*")
+        tiny.main(name, ["--resume", str(path), *options, "3"])
+    for name in scripts:
+        one_batch(name, f"{folder}/{name}.pt")
+    assert len(ended) == 2 * len(scripts)
+    end()

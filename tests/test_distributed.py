@@ -8,42 +8,50 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT
-from test_run import SCRIPTS, every_script, rows, start, weights
+from conftest import ROOT, STARTED
+from test_run import SCRIPTS, every_script, one_line, rows, run, weights
 
 import common
 
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="no torch.distributed")
 
 
-def torchrun(script, folder, *options):
-    return start(script, folder, *options, environment=ONE_THREAD, launcher=TORCHRUN)
-
-
-def finish(process):
-    """(exit code, output, error) of a job."""
-    out, error = process.communicate(timeout=90)
-    return process.returncode, out, error
+def torchrun(file, *arguments):
+    command = [*TORCHRUN, str(ROOT / "tests" / file), *map(str, arguments)]
+    piped = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, **piped)
+    STARTED.append(process)
+    return process
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    """Of every script the objective and gradients of two processes together and of one alone."""
-    folder = tmp_path_factory.mktemp("found")
-    command = [sys.executable, *TORCHRUN, ROOT / "tests" / "distributed.py", folder, *SCRIPTS]
-    done = subprocess.run(
-        command, env=os.environ | ONE_THREAD, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return {script: torch.load(folder / f"{script}.pt", weights_only=True) for script in SCRIPTS}
+def job(tmp_path_factory):
+    """The folder and the output of one job in which two processes did for every script what
+    distributed.py says."""
+    folder = tmp_path_factory.mktemp("job")
+    process = torchrun("distributed.py", folder, *SCRIPTS)
+    out, error = process.communicate(timeout=300)
+    assert process.returncode == 0, error
+    return folder, out
 
 
 @every_script
-def test_two_processes_find_the_gradients_of_one(script, found):
-    for together, alone in zip(*found[script].values(), strict=True):
+def test_two_processes_find_the_gradients_of_one(script, job):
+    folder, _ = job
+    found = torch.load(folder / f"{script}.pt", weights_only=True)
+    for together, alone in zip(found["together"], found["alone"], strict=True):
         torch.testing.assert_close(together, alone, rtol=1e-6, atol=1e-9)
+
+
+@every_script
+def test_two_processes_write_one_run_and_resume_it(script, job):
+    folder, out = job
+    (path,) = (folder / "runs").glob(f"tiny__{script}__*")
+    assert out.count(f"run: {path}\n") == 2
+    assert [int(row["epoch"]) for row in rows(path)] == [1, 2, 3]
+    assert float(rows(path)[-1]["objective"]) > float(rows(path)[0]["objective"])
+    assert common.load_checkpoint(path)["epoch"] == 3
 
 
 def children(pid):
@@ -53,34 +61,25 @@ def children(pid):
     return [int(line) for line in listed.stdout.split()]
 
 
-@every_script
-def test_a_killed_process_ends_the_job_and_the_run_resumes(script, tmp_path):
+def test_a_killed_process_ends_the_job_and_leaves_a_checkpoint(tmp_path):
+    """As a run by one process does, the run resumes from it: the checkpoint is the same."""
     options = ("--epochs", "100000", "--no-eval", "--checkpoint-every", "0")
-    process = torchrun(script, tmp_path, *options)
+    process = torchrun("tiny.py", "mopoe", "--runs-dir", tmp_path / "runs", *options)
     while not list(tmp_path.glob("runs/*/checkpoint.pt")):
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.05)
     workers = children(process.pid)
     assert len(workers) == 2
     os.kill(workers[1], signal.SIGKILL)
-    code, _, error = finish(process)
-    assert code != 0 and "SIGKILL" in error
+    _, error = process.communicate(timeout=90)
+    assert process.returncode != 0 and "SIGKILL" in error
     (path,) = (tmp_path / "runs").iterdir()
-    done = common.load_checkpoint(path)["epoch"]
-    assert done >= 1 and all(w.isfinite().all() for w in weights(path))
-    # The options of a run are its own, --epochs alone may differ.
-    resumed = ("--epochs", str(done + 2), *options[2:], "--resume", str(path))
-    code, out, error = finish(torchrun(script, tmp_path, *resumed))
-    assert code == 0, error
-    assert out.count("run:") == 1
-    assert [int(row["epoch"]) for row in rows(path)] == list(range(1, done + 3))
-    assert float(rows(path)[-1]["objective"]) > float(rows(path)[0]["objective"])
-    assert common.load_checkpoint(path)["epoch"] == done + 2
+    assert common.load_checkpoint(path)["epoch"] >= 1
+    assert all(w.isfinite().all() for w in weights(path))
 
 
-def test_the_batch_must_divide_among_the_processes(tmp_path):
-    options = ("--batch-size", "15", "--no-eval")
-    code, _, error = finish(torchrun("mopoe", tmp_path, *options))
-    assert code != 0
-    assert "--batch-size 15: must divide among 2 processes" in error
-    assert not (tmp_path / "runs").exists()
+@every_script
+def test_the_batch_must_divide_among_the_processes(script, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert run(script, tmp_path, "--batch-size", "15", expect=2) is None
+    one_line(capsys, "--batch-size 15: must divide among 2 processes")

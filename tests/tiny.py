@@ -42,8 +42,13 @@ def add_to(script):
     return module
 
 
-if __name__ == "__main__":
+def main(script, options):
+    """Run a script on it as a process of its own does."""
     # A shell's background jobs ignore Ctrl-C, and so do their children.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.argv[0] = sys.argv[1] + ".py"
-    add_to(sys.argv[1]).main(sys.argv[2:])
+    sys.argv[0] = script + ".py"
+    add_to(script).main(["--dataset", "tiny", *options])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2:])
