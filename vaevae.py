@@ -10,7 +10,7 @@ joint network with its own encoders. `--joint poe` is variant (a), the product o
     torchrun --nproc-per-node 8 vaevae.py ...          several GPUs
 
 Expected on polydigits, there with `--joint poe`: coherence of the modalities not given, given 1, 2,
-3, 4: 54, 72, 81, 86 %; joint coherence 3 %; latent accuracy given all 98 %.
+3, 4: 53, 70, 79, 83 %; joint coherence 3 %; latent accuracy given all 98 %.
 
 A step takes a batch of complete tuples (of which `--supervision` leaves a share) and a batch of
 each modality alone. With two modalities `--objective` is one of

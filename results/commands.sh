@@ -19,6 +19,10 @@ for seed in 0 1 2 3 4; do
 done
 python evaluate.py results/polydigits__*.json --figure results/polydigits_by_inputs.png
 python evaluate.py runs/polydigits__*__0/* --side-by-side results/polydigits_from_m1.png --given m1
+for seed in 0 1 2; do
+    run "polydigits-amp__mopoe__$seed" mopoe --seed "$seed" --amp
+    run "polydigits-batch__mopoe__$seed" mopoe --seed "$seed" --batch-size 256 --lr 4e-3
+done
 
 run polymnist__mopoe__0 mopoe --dataset polymnist --beta 2.5 --amp --epochs 20
 cp runs/polymnist__mopoe__0/*/samples/from_m1.png results/polymnist_from_m1.png
@@ -34,3 +38,4 @@ python evaluate.py results/mnist-split__*.json --against supervision \
 
 python benchmarks/throughput.py --modes float32 bf16 --windows 5 --seconds 2 \
     --json results/throughput_cpu.json
+python benchmarks/evaluation.py --modes bf16 --json results/evaluation_cpu.json

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from exact import log_p, modalities, sample_x, set_decoders, set_exact_experts
+from torch import nn
 from torch.distributions import Independent, MultivariateNormal, Normal, OneHotCategorical
 
 import datasets
@@ -84,6 +85,18 @@ def test_the_oracle_names_the_image_that_its_halves_make_up(monkeypatch, tmp_pat
     assert "coherence/top/whole" not in results
     shown = evaluate.numbers(results)["class of the whole image, by the oracle, %"]
     assert shown["top"] == pytest.approx(100 * by_hand)
+
+
+def test_classifiers_learn_from_images_moved_by_up_to_a_pixel():
+    image = torch.arange(64.0).view(1, 8, 8)
+    part = {"image": image.repeat(4, 1, 1, 1)}, torch.zeros(4)
+    data = datasets.from_tensors(part, part, [Modality("image", (1, 8, 8), network="linear")])
+    net, seen = nn.Sequential(nn.Flatten(), nn.Linear(64, 2)), set()
+    net[0].register_forward_pre_hook(lambda _, x: seen.add(x[0][0, 0, 3, 3].item()))
+    evaluate.train_classifier(net, itemgetter("image"), data.train, steps=200, batch_size=2)
+    assert seen == {
+        image[0, 3 + down, 3 + right].item() for down in (-1, 0, 1) for right in (-1, 0, 1)
+    }
 
 
 def test_attributes_have_average_precisions(tmp_path, monkeypatch):
@@ -466,6 +479,11 @@ def test_a_row_is_the_mean_and_deviation_of_seeds_of_equal_settings():
     assert found["log p(X), nats"]["mvae.py"]["x0"] == (0.5, None)
     targets = found["coherence from a subset to a target, %"]["mvae.py"]
     assert list(targets) == ["x0 → x1", "x1 → x0"]
+
+
+def test_a_switch_names_a_row_where_it_is_on():
+    labels = evaluate.groups([made(amp=True, beta=2.0), made(amp=False, beta=2.0)])
+    assert list(labels) == ["mopoe.py --amp", "mopoe.py"]
 
 
 def test_more_than_three_modalities_are_shown_by_the_number_given():

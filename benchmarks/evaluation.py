@@ -1,0 +1,133 @@
+"""How long the evaluation of a PolyMNIST model takes, part by part, and where the time goes.
+
+    python benchmarks/evaluation.py --json results/evaluation_cpu.json
+
+MoPoE-VAE with the paper's networks and D = 512, all 31 subsets of 10,000 tuples of noise, 15
+importance samples: the cost depends neither on what the images show nor on what the model has
+learnt. Of each part: seconds, the share of them spent in encoders and in decoders, and the share of
+the floor, which is the time of its networks' operations, by PyTorch's own counter, at the rate of
+this machine's matrix product. The classifiers, which are trained once and then kept, are not in it.
+"""
+
+import argparse
+import json
+import platform
+import sys
+import time
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
+
+import torch
+from throughput import matrix_rate, modalities, synchronize
+from torch.utils.flop_counter import FlopCounterMode
+
+import common
+import datasets
+import evaluate
+import mopoe
+
+
+def noise(tuples, known=500):
+    """Data of noise, with labels of ten classes."""
+    splits = []
+    for seed, n in enumerate((known, tuples)):
+        generator = torch.Generator().manual_seed(seed)
+        tensors = {
+            m.name: torch.randint(256, (n, *m.shape), dtype=torch.uint8, generator=generator)
+            for m in modalities()
+        }
+        splits.append((tensors, torch.arange(n) % 10))
+    return datasets.from_tensors(*splits, modalities(), "noise")
+
+
+class Stopwatch:
+    """Adds up the seconds that modules take."""
+
+    def __init__(self, modules, device):
+        self.seconds, self.device = 0.0, device
+        for module in modules:
+            module.register_forward_pre_hook(self.start)
+            module.register_forward_hook(self.stop)
+
+    def start(self, *_):
+        synchronize(self.device)
+        self.began = time.perf_counter()
+
+    def stop(self, *_):
+        synchronize(self.device)
+        self.seconds += time.perf_counter() - self.began
+
+
+def operations(part, tuples):
+    """The operations of a part's networks."""
+    with FlopCounterMode(display=False) as counter:
+        part(tuples)
+    return counter.get_total_flops()
+
+
+def main():
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    p.add_argument("--tuples", type=int, default=10_000)
+    p.add_argument("--modes", nargs="+", choices=["float32", "bf16"], default=["float32", "bf16"])
+    p.add_argument("--json", metavar="FILE", help="write the result there")
+    options = p.parse_args()
+    device = common.parse_device(options.device)
+    common.keep_memory()
+    torch.manual_seed(0)
+    data = noise(options.tuples)
+    train, test = data.train.to(device), data.test.to(device)
+    model = mopoe.MoPoE(data.modalities, 512, beta=2.5).to(device).eval()
+    named = {m.name: common.encoder(m, 10).to(device).eval() for m in data.modalities}
+    named = {name: lambda x, name=name, net=net: net(x[name]) for name, net in named.items()}
+    parts = {
+        "latent accuracy": lambda test: evaluate.latent_accuracy(model, train, test),
+        "coherence": lambda test: evaluate.conditional_coherence(model, named, test),
+        "joint coherence": lambda test: evaluate.joint_coherence(model, named, device),
+        "log-likelihood": lambda test: evaluate.log_likelihood(model, test),
+    }
+    watches = {kind: Stopwatch(getattr(model, kind), device) for kind in ("encoders", "decoders")}
+    gpu = torch.cuda.get_device_name() if device.type == "cuda" else None
+    result = {
+        "command": "python " + " ".join(sys.argv),
+        "machine": gpu or platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "git": common.git_revision(),
+        "tuples": options.tuples,
+        "modes": {},
+    }
+    chunk = evaluate.CHUNK
+    few = [noise(tuples).test.to(device) for tuples in (chunk, 2 * chunk)]
+    n = 8192 if device.type == "cuda" else 2048
+    for mode in options.modes:
+        dtype = torch.bfloat16 if mode == "bf16" else torch.float32
+        rows = result["modes"][mode] = {}
+        for name, part in parts.items():
+            with torch.no_grad(), torch.autocast(device.type, dtype, enabled=mode == "bf16"):
+                one, two = (operations(part, tuples) for tuples in few)
+                before = {kind: watch.seconds for kind, watch in watches.items()}
+                synchronize(device)
+                began = time.perf_counter()
+                part(test)
+                synchronize(device)
+                seconds = time.perf_counter() - began
+            # Linear in the tuples, beside what is the same for any number of them.
+            total = one + (two - one) * (options.tuples / chunk - 1)
+            floor = total / matrix_rate(dtype, device, n)
+            rows[name] = {"seconds": round(seconds, 1), "share_of_floor": round(floor / seconds, 3)}
+            for kind, watch in watches.items():
+                share = (watch.seconds - before[kind]) / seconds
+                rows[name][f"share_in_{kind}"] = round(share, 3)
+            shown = ", ".join(f"{key} {value}" for key, value in rows[name].items())
+            print(f"{mode:8} {name:16} {shown}", flush=True)
+        print(f"{mode:8} all {sum(row['seconds'] for row in rows.values()):.1f} seconds")
+    if options.json:
+        common.replace(options.json, (json.dumps(result, indent=2) + "\n").encode())
+
+
+if __name__ == "__main__":
+    main()
