@@ -11,7 +11,6 @@ this machine's matrix product. The classifiers, which are trained once and then 
 
 import argparse
 import json
-import platform
 import sys
 import time
 from pathlib import Path
@@ -19,7 +18,7 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 
 import torch
-from throughput import matrix_rate, modalities, synchronize
+from throughput import circumstances, matrix_rate, modalities, synchronize
 from torch.utils.flop_counter import FlopCounterMode
 
 import common
@@ -90,16 +89,7 @@ def main():
         "log-likelihood": lambda test: evaluate.log_likelihood(model, test),
     }
     watches = {kind: Stopwatch(getattr(model, kind), device) for kind in ("encoders", "decoders")}
-    gpu = torch.cuda.get_device_name() if device.type == "cuda" else None
-    result = {
-        "command": "python " + " ".join(sys.argv),
-        "machine": gpu or platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "git": common.git_revision(),
-        "tuples": options.tuples,
-        "modes": {},
-    }
+    result = {**circumstances(device), "tuples": options.tuples, "modes": {}}
     chunk = evaluate.CHUNK
     few = [noise(tuples).test.to(device) for tuples in (chunk, 2 * chunk)]
     n = 8192 if device.type == "cuda" else 2048

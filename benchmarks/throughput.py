@@ -198,6 +198,18 @@ def matrix_rate(dtype, device, n):
     return 2 * n**3 / min(seconds_of(lambda: a @ b, 3, device) for _ in range(5))
 
 
+def circumstances(device):
+    """What a result was measured by, and on what."""
+    gpu = torch.cuda.get_device_name() if device.type == "cuda" else None
+    return {
+        "command": "python " + " ".join(sys.argv),
+        "machine": gpu or platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "git": common.git_revision(),
+    }
+
+
 class Contender:
     """A contender in a process of its own, which waits for its windows."""
 
@@ -316,13 +328,8 @@ def main():
     if options.contender:
         return contend(options, device)
 
-    gpu = torch.cuda.get_device_name() if device.type == "cuda" else None
     result = {
-        "command": "python " + " ".join(sys.argv),
-        "machine": gpu or platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "git": common.git_revision(),
+        **circumstances(device),
         "batch_size": options.batch_size,
         "latent_dim": options.latent_dim,
         "methods": {},
