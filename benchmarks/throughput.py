@@ -5,17 +5,20 @@
 The contenders of a method, a process each, take whole steps (batch, forward, backward, Adam) in
 turn, in windows of a few seconds, so that a machine's drift falls on all alike; the medians of the
 windows are compared. Peak memory is the process's, which holds 20,000 tuples as its library holds
-them, in uint8 here, in float32 at the peer's. Operations are counted by PyTorch's own counter, the
-floor is what they would take at the rate of this machine's matrix product, measured between the
-windows. The peer is the package `multivae`, where it is installed: its model of the same method and
-its data set in a bare loop like ours, which is kinder to it than its own trainer; it has no SVAE
-and no VAEVAE. A tuple of svae.py and vaevae.py is a complete one and each modality of another
-alone.
+them, in uint8 here, in float32 at the peer's. Operations are counted by PyTorch's own counter; the
+least bytes are those of the images and of what a step cannot but read and write of each parameter:
+the weight in both directions, the gradient once written and once read, Adam's two moments and the
+weight read and written. The floor is what operations or bytes, whichever take longer, would take at
+the rates of this machine's matrix product and copy, measured between the windows. The peer is the
+package `multivae`, where it is installed: its model of the same method and its data set in a bare
+loop like ours, which is kinder to it than its own trainer; it has no SVAE and no VAEVAE. A tuple of
+svae.py and vaevae.py is a complete one and each modality of another alone.
 """
 
 import argparse
 import functools
 import json
+import math
 import platform
 import statistics
 import subprocess
@@ -210,6 +213,20 @@ def circumstances(device):
     }
 
 
+def copy_rate(device, n=2**27):
+    """Bytes per second that a copy of n bytes reads and writes, the best of several."""
+    a, b = (torch.zeros(n, dtype=torch.uint8, device=device) for _ in range(2))
+    return 2 * n / min(seconds_of(lambda: b.copy_(a), 3, device) for _ in range(5))
+
+
+def least_bytes(method, options):
+    """Bytes a tuple that a step of ours has to move, activations aside."""
+    model = METHODS[method](modalities(), options.latent_dim)
+    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    images = MODALITIES * math.prod(SHAPE) * (2 if method in STREAMS else 1)
+    return images + 10 * 4 * parameters / options.batch_size
+
+
 class Contender:
     """A contender in a process of its own, which waits for its windows."""
 
@@ -273,24 +290,27 @@ def measure(method, options, device):
     for name, contender in contenders.items():
         contender.seconds(4 if device.type == "cuda" else 1)  # compiles, captures
         repeat[name] = max(1, round(options.seconds / contender.seconds(1)))
-    windows, rates = {name: [] for name in contenders}, {"float32": [], "bf16": []}
+    windows, rates = {name: [] for name in contenders}, {"float32": [], "bf16": [], "copy": []}
     n = 8192 if device.type == "cuda" else 2048
     for _ in range(options.windows):
         for name, contender in contenders.items():
             windows[name].append(options.batch_size / contender.seconds(repeat[name]))
         rates["float32"].append(matrix_rate(torch.float32, device, n))
         rates["bf16"].append(matrix_rate(torch.bfloat16, device, n))
-    rates = {dtype: statistics.median(seen) for dtype, seen in rates.items()}
+        rates["copy"].append(copy_rate(device))
+    rates = {name: statistics.median(seen) for name, seen in rates.items()}
     peaks = {name: contender.end() for name, contender in contenders.items()}
     few = argparse.Namespace(**vars(options) | {"batch_size": 32})  # the cost is linear in it
     with FlopCounterMode(display=False) as counter:
         make_step(f"{method} float32", few, device)()
     operations = counter.get_total_flops() / few.batch_size
+    least = least_bytes(method, options)
 
     rows, peer = {}, f"{PEER}{method} float32"
     for name, rates_seen in windows.items():
         rate = statistics.median(rates_seen)
-        floor = rates["bf16" if "bf16" in name else "float32"] / operations
+        product = rates["bf16" if "bf16" in name else "float32"]
+        floor = min(product / operations, rates["copy"] / least)
         rows[name] = {
             "tuples_per_second": round(rate, 1),
             "slowest_window": round(min(rates_seen), 1),
@@ -303,8 +323,11 @@ def measure(method, options, device):
         row["times_the_peer"] = round(statistics.median(ratios), 2)
         share = row["peak_memory_gb"] / rows[peer]["peak_memory_gb"]
         row["memory_to_the_peer"] = round(share, 2)
+    copied = rates.pop("copy")
     return {
         "operations_per_tuple": round(operations),
+        "least_bytes_per_tuple": round(least),
+        "copied_bytes_per_second": round(copied),
         "matrix_product_per_second": {name: round(rate) for name, rate in rates.items()},
         "contenders": rows,
     }
@@ -337,8 +360,11 @@ def main():
     for method in options.methods:
         result["methods"][method] = found = measure(method, options, device)
         rates = found["matrix_product_per_second"].items()
-        print(f"{method}: {found['operations_per_tuple'] / 1e6:,.0f} million operations a tuple")
-        print("  matrix product", ", ".join(f"{n} {r / 1e9:,.0f} GFLOP/s" for n, r in rates))
+        print(f"{method}: {found['operations_per_tuple'] / 1e6:,.0f} million operations a tuple,")
+        print(f"  {found['least_bytes_per_tuple'] / 1e6:.2f} MB to move at least; the machine has")
+        rates = [f"{name} {rate / 1e9:,.0f} GFLOP/s" for name, rate in rates]
+        copied = f"copy {found['copied_bytes_per_second'] / 1e9:,.0f} GB/s"
+        print("  matrix product", ", ".join([*rates, copied]))
         for name, row in found["contenders"].items():
             print(f"  {name:26}", ", ".join(f"{key} {value}" for key, value in row.items()))
         sys.stdout.flush()
