@@ -744,7 +744,8 @@ def plus_minus(mean, deviation=None):
 
 def curves(runs, against):
     """{panel: {label: {x: (mean, standard deviation)}}}: the metrics against the number of given
-    modalities ("inputs"), or the first of METRICS that the runs have against an option."""
+    modalities ("inputs"); or the first of METRICS that the runs have against an option, a panel for
+    each of its columns, for "beta" their mean, from β to β, against log p(X) given all."""
     panels = defaultdict(dict)
     if against == "inputs":
         for metric, rows in statistics(runs).items():
@@ -754,11 +755,14 @@ def curves(runs, against):
         return panels
     for label, members in groups(runs, [against]).items():
         for x in sorted({results["options"][against] for results in members}):
-            here = [results for results in members if results["options"][against] == x]
-            metric, rows = next(iter(statistics(here).items()))
-            (row,) = rows.values()
+            rows = statistics([r for r in members if r["options"][against] == x])
+            metric, (row,) = next(iter(rows)), next(iter(rows.values())).values()
+            if against == "beta":
+                *_, (x, _) = next(iter(rows["log p(X), nats"].values())).values()
+                row = {"": (float(np.mean([mean for mean, _ in row.values()])), None)}
             for column, value in row.items():
-                panels[f"{metric}\ngiven {column}"].setdefault(label, {})[x] = value
+                panel = f"{metric}\ngiven {column}" if column else metric
+                panels[panel].setdefault(label, {})[x] = value
     return panels
 
 
@@ -767,51 +771,33 @@ def draw_curves(path, runs, against):
     panels = curves(runs, against)
     if not panels:
         raise UserError("--against inputs: needs runs of more than three modalities")
-    width = 2 if len(panels) in (2, 4) else 3
+    width = min(len(panels), 2 if len(panels) == 4 else 3)
     height = math.ceil(len(panels) / width)
-    size = 3.6 * width, 3.2 * height
+    size = max(3.6 * width, 5), 3.2 * height
     figure, axes = plt.subplots(height, width, figsize=size, squeeze=False, layout="constrained")
     for axis in axes.flat[len(panels) :]:
         axis.set_axis_off()
+    names = {"inputs": "modalities given", "beta": "log p(X) given all, nats; by the points β"}
     for axis, (title, lines) in zip(axes.flat, panels.items(), strict=False):
         for label, line in lines.items():
             x, mean = list(line), np.array([mean for mean, _ in line.values()])
             band = np.array([deviation or 0 for _, deviation in line.values()])
             axis.plot(x, mean, marker="o", label=label)
             axis.fill_between(x, mean - band, mean + band, alpha=0.2)
+            if against == "beta":
+                axis.margins(0.1)
+                betas = {results["options"]["beta"] for results in groups(runs, ["beta"])[label]}
+                for beta, point in zip(sorted(betas), zip(x, mean, strict=True), strict=True):
+                    axis.annotate(f"{beta:g}", point, (4, 4), textcoords="offset points")
         if against == "inputs":
             axis.set_xticks(x)
-            axis.set_xlabel("modalities given")
-        else:
+        elif against != "beta":
             axis.set_xscale("log")
-            axis.set_xlabel(f"--{against}")
+        axis.set_xlabel(names.get(against, f"--{against}"))
         axis.set_title(title, fontsize=10)
         axis.grid(alpha=0.3)
     labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(*labels, loc="outside lower center", ncols=width + 1)
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
-
-
-def draw_frontier(path, runs):
-    """A PNG of coherence against log p(X) given all, a line over β for each label."""
-    figure, axis = plt.subplots(figsize=(5, 4))
-    for label, members in groups(runs, ["beta"]).items():
-        shown = [(results["options"]["beta"], numbers(results)) for results in members]
-        points = []
-        for beta in sorted({beta for beta, _ in shown}):
-            here = [metrics for b, metrics in shown if b == beta]
-            x = np.mean([list(metrics["log p(X), nats"].values())[-1] for metrics in here])
-            y = np.mean([list(next(iter(metrics.values())).values()) for metrics in here])
-            points.append((x, y))
-            axis.annotate(f"{beta:g}", (x, y), xytext=(4, 4), textcoords="offset points")
-        axis.plot(*zip(*points, strict=True), marker="o", label=label)
-    axis.set_xlabel("log p(X) given all, nats")
-    axis.set_ylabel(next(iter(shown[0][1])))
-    axis.set_title("the number at a point is β", fontsize=10)
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
-    figure.tight_layout()
     figure.savefig(path, dpi=100)
     plt.close(figure)
 
@@ -961,9 +947,7 @@ def compare(runs, options):
     elif len(runs) > 1 or options.markdown or options.runs[0].endswith(".json"):
         for (dataset, source), members in by_data.items():
             print(f"{dataset}: {source}\n\n{comparison(members, options.markdown)}")
-    if options.figure and options.against == "beta":
-        draw_frontier(options.figure, runs)
-    elif options.figure:
+    if options.figure:
         draw_curves(options.figure, runs, options.against)
 
 
