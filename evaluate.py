@@ -744,8 +744,9 @@ def plus_minus(mean, deviation=None):
 
 def curves(runs, against):
     """{panel: {label: {x: (mean, standard deviation)}}}: the metrics against the number of given
-    modalities ("inputs"); or the first of METRICS that the runs have against an option, a panel for
-    each of its columns, for "beta" their mean, from β to β, against log p(X) given all."""
+    modalities ("inputs"); the first of METRICS that the runs have against an option, a panel for each
+    of its columns; or for "beta" their mean and the joint coherence, from β to β, against log p(X)
+    given all."""
     panels = defaultdict(dict)
     if against == "inputs":
         for metric, rows in statistics(runs).items():
@@ -755,14 +756,17 @@ def curves(runs, against):
         return panels
     for label, members in groups(runs, [against]).items():
         for x in sorted({results["options"][against] for results in members}):
-            rows = statistics([r for r in members if r["options"][against] == x])
-            metric, (row,) = next(iter(rows)), next(iter(rows.values())).values()
-            if against == "beta":
-                *_, (x, _) = next(iter(rows["log p(X), nats"].values())).values()
-                row = {"": (float(np.mean([mean for mean, _ in row.values()])), None)}
-            for column, value in row.items():
-                panel = f"{metric}\ngiven {column}" if column else metric
-                panels[panel].setdefault(label, {})[x] = value
+            found = statistics([r for r in members if r["options"][against] == x])
+            rows = {metric: next(iter(row.values())) for metric, row in found.items()}
+            first = next(iter(rows))
+            if against != "beta":
+                for column, value in rows[first].items():
+                    panels[f"{first}\ngiven {column}"].setdefault(label, {})[x] = value
+                continue
+            *_, (given_all, _) = rows["log p(X), nats"].values()
+            for metric in [metric for metric in rows if metric in (first, "joint coherence, %")]:
+                mean = float(np.mean([mean for mean, _ in rows[metric].values()]))
+                panels[metric].setdefault(label, {})[given_all] = mean, None
     return panels
 
 
@@ -786,6 +790,7 @@ def draw_curves(path, runs, against):
             axis.fill_between(x, mean - band, mean + band, alpha=0.2)
             if against == "beta":
                 axis.margins(0.1)
+                axis.locator_params(axis="x", nbins=4)
                 betas = {results["options"]["beta"] for results in groups(runs, ["beta"])[label]}
                 for beta, point in zip(sorted(betas), zip(x, mean, strict=True), strict=True):
                     axis.annotate(f"{beta:g}", point, (4, 4), textcoords="offset points")

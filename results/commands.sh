@@ -23,6 +23,11 @@ for seed in 0 1 2; do
     run "polydigits-amp__mopoe__$seed" mopoe --seed "$seed" --amp
     run "polydigits-batch__mopoe__$seed" mopoe --seed "$seed" --batch-size 256 --lr 4e-3
 done
+for beta in 0.5 2.5 5 10 20; do
+    run "polydigits-beta__mopoe__0__$beta" mopoe --beta "$beta"
+done
+python evaluate.py results/polydigits__mopoe__0.json results/polydigits-beta__*.json --against beta \
+    --figure results/polydigits_over_beta.png
 
 run polymnist__mopoe__0 mopoe --dataset polymnist --beta 2.5 --amp --epochs 20
 cp runs/polymnist__mopoe__0/*/samples/from_m1.png results/polymnist_from_m1.png

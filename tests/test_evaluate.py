@@ -544,12 +544,12 @@ def test_curves_are_over_the_inputs_or_an_option(tmp_path):
     panels = evaluate.curves(runs[:2], "inputs")
     assert list(panels["latent accuracy, %"]["mopoe.py"]) == [1, 2, 3, 4]
     runs += [made(M=4, beta=0.2, supervision=0.1, accuracy=0.75)]
-    (lines,) = evaluate.curves(runs, "beta").values()
+    runs = [results | {"joint_coherence": 0.3} for results in runs]
+    lines, joint = evaluate.curves(runs, "beta").values()
     assert list(lines) == ["mopoe.py --supervision 1", "mopoe.py --supervision 0.1", "mvae.py"]
-    assert list(lines["mopoe.py --supervision 0.1"].items()) == [
-        (0.75, (75, None)),
-        (0.5, (50, None)),
-    ]
+    points = [(0.75, (75, None)), (0.5, (50, None))]
+    assert list(lines["mopoe.py --supervision 0.1"].items()) == points
+    assert joint["mvae.py"] == {0.5: (30, None)}
     paths = write(tmp_path, *runs)
     for against in ("inputs", "supervision", "beta"):
         figure = tmp_path / f"{against}.png"
