@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 from conftest import ROOT, STARTED
-from test_run import SCRIPTS, every_script, one_line, rows, run, weights
+from test_run import SCRIPTS, every_script, one_line, resume, rows, run, weights
 
 import common
 
@@ -61,10 +61,11 @@ def children(pid):
     return [int(line) for line in listed.stdout.split()]
 
 
-def test_a_killed_process_ends_the_job_and_leaves_a_checkpoint(tmp_path):
-    """As a run by one process does, the run resumes from it: the checkpoint is the same."""
-    options = ("--epochs", "100000", "--no-eval", "--checkpoint-every", "0")
-    process = torchrun("tiny.py", "mopoe", "--runs-dir", tmp_path / "runs", *options)
+@every_script
+def test_a_killed_process_ends_the_job_and_the_run_resumes(script, tmp_path):
+    options = ("--no-eval", "--checkpoint-every", "0")
+    folder = ("--runs-dir", tmp_path / "runs", "--epochs", "100000")
+    process = torchrun("tiny.py", script, *folder, *options)
     while not list(tmp_path.glob("runs/*/checkpoint.pt")):
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.05)
@@ -74,8 +75,13 @@ def test_a_killed_process_ends_the_job_and_leaves_a_checkpoint(tmp_path):
     _, error = process.communicate(timeout=90)
     assert process.returncode != 0 and "SIGKILL" in error
     (path,) = (tmp_path / "runs").iterdir()
-    assert common.load_checkpoint(path)["epoch"] >= 1
-    assert all(w.isfinite().all() for w in weights(path))
+    done = common.load_checkpoint(path)["epoch"]
+    assert done >= 1 and all(w.isfinite().all() for w in weights(path))
+    # By one process, which is enough to see that the folder is whole; by two it is tested above.
+    resume(script, path, "--epochs", str(done + 2), *options)
+    assert [int(row["epoch"]) for row in rows(path)] == list(range(1, done + 3))
+    assert float(rows(path)[-1]["objective"]) > float(rows(path)[0]["objective"])
+    assert common.load_checkpoint(path)["epoch"] == done + 2
 
 
 @every_script
