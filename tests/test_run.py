@@ -107,6 +107,10 @@ def scalars(path, name="objective"):
     """{epoch: objective} as TensorBoard shows it."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    # TensorBoard reads files by name, where a tenth writer of one second comes before the ninth.
+    files = sorted(path.glob("events.out.tfevents.*"), key=lambda file: file.stat().st_mtime_ns)
+    for n, file in enumerate(files):
+        file.rename(path / f"events.out.tfevents.{n:010}")
     log = EventAccumulator(str(path))
     log.Reload()
     return {event.step: event.value for event in log.Scalars(name)}
