@@ -743,16 +743,16 @@ def plus_minus(mean, deviation=None):
 
 
 def curves(runs, against):
-    """{panel: {label: {x: (mean, standard deviation)}}}: the metrics against the number of given
-    modalities ("inputs"); the first of METRICS that the runs have against an option, a panel for each
-    of its columns; or for "beta" their mean and the joint coherence, from β to β, against log p(X)
-    given all."""
+    """{panel: {label: points (x, mean, standard deviation, note)}}: the metrics against the number
+    of given modalities ("inputs"); the first of METRICS that the runs have against an option, a panel
+    for each of its columns; or for "beta" their mean and the joint coherence against log p(X) given
+    all, a point for each β, which is its note."""
     panels = defaultdict(dict)
     if against == "inputs":
         for metric, rows in statistics(runs).items():
             for label, row in rows.items():
                 if all(map(str.isdecimal, row)):
-                    panels[metric][label] = {int(n): value for n, value in row.items()}
+                    panels[metric][label] = [(int(n), *value, "") for n, value in row.items()]
         return panels
     for label, members in groups(runs, [against]).items():
         for x in sorted({results["options"][against] for results in members}):
@@ -761,12 +761,13 @@ def curves(runs, against):
             first = next(iter(rows))
             if against != "beta":
                 for column, value in rows[first].items():
-                    panels[f"{first}\ngiven {column}"].setdefault(label, {})[x] = value
+                    panel = panels[f"{first}\ngiven {column}"]
+                    panel.setdefault(label, []).append((x, *value, ""))
                 continue
             *_, (given_all, _) = rows["log p(X), nats"].values()
             for metric in [metric for metric in rows if metric in (first, "joint coherence, %")]:
                 mean = float(np.mean([mean for mean, _ in rows[metric].values()]))
-                panels[metric].setdefault(label, {})[given_all] = mean, None
+                panels[metric].setdefault(label, []).append((given_all, mean, None, f"{x:g}"))
     return panels
 
 
@@ -783,20 +784,19 @@ def draw_curves(path, runs, against):
         axis.set_axis_off()
     names = {"inputs": "modalities given", "beta": "log p(X) given all, nats; by the points β"}
     for axis, (title, lines) in zip(axes.flat, panels.items(), strict=False):
-        for label, line in lines.items():
-            x, mean = list(line), np.array([mean for mean, _ in line.values()])
-            band = np.array([deviation or 0 for _, deviation in line.values()])
+        for label, points in lines.items():
+            x, mean, deviations, notes = zip(*points, strict=True)
+            mean, band = np.array(mean), np.array([deviation or 0 for deviation in deviations])
             axis.plot(x, mean, marker="o", label=label)
             axis.fill_between(x, mean - band, mean + band, alpha=0.2)
-            if against == "beta":
-                axis.margins(0.1)
-                axis.locator_params(axis="x", nbins=4)
-                betas = {results["options"]["beta"] for results in groups(runs, ["beta"])[label]}
-                for beta, point in zip(sorted(betas), zip(x, mean, strict=True), strict=True):
-                    axis.annotate(f"{beta:g}", point, (4, 4), textcoords="offset points")
+            for note, point in zip(notes, zip(x, mean, strict=True), strict=True):
+                axis.annotate(note, point, (4, 4), textcoords="offset points")
         if against == "inputs":
             axis.set_xticks(x)
-        elif against != "beta":
+        elif against == "beta":
+            axis.margins(0.1)
+            axis.locator_params(axis="x", nbins=4)
+        else:
             axis.set_xscale("log")
         axis.set_xlabel(names.get(against, f"--{against}"))
         axis.set_title(title, fontsize=10)

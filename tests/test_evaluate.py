@@ -538,18 +538,19 @@ def test_curves_are_over_the_inputs_or_an_option(tmp_path):
     assert list(panels) == [f"coherence of the modalities not given, %\ngiven {n}" for n in "123"]
     for lines in panels.values():
         assert list(lines) == ["mopoe.py", "mvae.py"]
-        assert list(lines["mopoe.py"]) == [0.1, 1]
-        assert lines["mopoe.py"][1] == pytest.approx((20, np.std([10, 30], ddof=1)))
-        assert lines["mvae.py"] == {0.1: (50, None)}
+        few, all_of_them = lines["mopoe.py"]
+        assert few == lines["mvae.py"][0] == (0.1, 50, None, "")
+        assert all_of_them[:3] == pytest.approx((1, 20, np.std([10, 30], ddof=1)))
     panels = evaluate.curves(runs[:2], "inputs")
-    assert list(panels["latent accuracy, %"]["mopoe.py"]) == [1, 2, 3, 4]
+    assert [point[0] for point in panels["latent accuracy, %"]["mopoe.py"]] == [1, 2, 3, 4]
     runs += [made(M=4, beta=0.2, supervision=0.1, accuracy=0.75)]
+    runs += [made("mvae", M=4, beta=0.2, supervision=0.1)]  # of the same log p(X)
     runs = [results | {"joint_coherence": 0.3} for results in runs]
     lines, joint = evaluate.curves(runs, "beta").values()
     assert list(lines) == ["mopoe.py --supervision 1", "mopoe.py --supervision 0.1", "mvae.py"]
-    points = [(0.75, (75, None)), (0.5, (50, None))]
-    assert list(lines["mopoe.py --supervision 0.1"].items()) == points
-    assert joint["mvae.py"] == {0.5: (30, None)}
+    points = [(0.75, 75, None, "0.2"), (0.5, 50, None, "1")]
+    assert lines["mopoe.py --supervision 0.1"] == points
+    assert joint["mvae.py"] == [(0.5, 30, None, "0.2"), (0.5, 30, None, "1")]
     paths = write(tmp_path, *runs)
     for against in ("inputs", "supervision", "beta"):
         figure = tmp_path / f"{against}.png"
