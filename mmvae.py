@@ -185,14 +185,15 @@ class MMVAE(nn.Module):
         log_w = sum(m.weight * log_p[m.name] for m in self.modalities) - self.beta * kl
 
         if self.name == "elbo":
-            value = (pi * log_w.mean(0)).sum(0)  # Eq. (1)
+            value = mixed(log_w, pi)  # Eq. (1)
         elif tight:
             value = torch.logsumexp(pi.log() + log_w, (0, 1)) - math.log(self.K)  # Eq. (5)
         else:
             value = (pi * log_mean_exp(log_w, 0)).sum(0)  # Eq. (3)
         if doubly:
             value = value.detach() + self.doubly_reparametrised(pi, loc, scale, z, at, log_w, tight)
-        return value, self.terms(kl, log_p, pi, seen)
+        log_p = {name: mixed(t, pi) for name, t in log_p.items()}
+        return value, terms(mixed(kl, pi), log_p, seen)
 
     forward = objective
 
@@ -210,10 +211,9 @@ class MMVAE(nn.Module):
         """
         if tight:  # normalised over all samples, for iwae over those of each expert
             w = torch.softmax((pi.log() + log_w).detach().flatten(0, 1), 0).view_as(log_w)
-            weight = w
         else:
             w = torch.softmax(log_w.detach(), 0)
-            weight = pi * w
+        weight = w if tight else pi * w
         gradient, share = weight * log_w, torch.ones_like(w)
         if self.name == "dreg-mixture":
             log_q = self.log_experts(loc.detach(), scale.detach(), z)
@@ -248,26 +248,27 @@ class MMVAE(nn.Module):
                 along = (pi[j] / share[:, j].detach().clamp(min=1e-30))[..., None]
                 z_j.register_hook(lambda g, along=along: g * along)
             p = self.decode(z_j, [m.name])[m.name]
-            log_p[m.name] = seen[j] * share[:, j] * p.log_prob(x[m.name])  # (K, B)
-            reconstruction = reconstruction + m.weight * log_p[m.name].mean(0)
-        kl = kl_divergence(self.independent(loc, scale), self.prior())
-        value = reconstruction - self.beta * (pi * kl).sum(0)
-        # The shares hold the weights π already, so every expert's part is the same here.
-        log_p = {name: t[:, None].expand(-1, len(loc), -1) for name, t in log_p.items()}
-        return value, self.terms(kl[None], log_p, pi, seen)
+            log_p[m.name] = (seen[j] * share[:, j] * p.log_prob(x[m.name])).mean(0)
+            reconstruction = reconstruction + m.weight * log_p[m.name]
+        kl = (pi * kl_divergence(self.independent(loc, scale), self.prior())).sum(0)
+        return reconstruction - self.beta * kl, terms(kl, log_p, seen)
 
     def log_experts(self, loc, scale, z):
         """log q_n(z_m^k|x_n) for samples z (K, M, B, D) of all experts m, (N, K, M, B)."""
         # One at a time: all at once would take M times the samples' memory, several times over.
         return torch.stack([self.independent(*q).log_prob(z) for q in zip(loc, scale, strict=True)])
 
-    def terms(self, kl, log_p, pi, seen):
-        """What is logged: means over the mixture, the samples and the batch."""
-        means = {"kl": (pi * kl.mean(0)).sum(0).mean().detach()}
-        for (name, t), s in zip(log_p.items(), seen, strict=True):
-            mean = (pi * t.mean(0)).sum() / s.sum().clamp(min=1)
-            means[f"log_px/{name}"] = mean.detach()
-        return means
+
+def mixed(t, pi):
+    """The mean of t (K, M, B) over the samples and, with the weights pi, the experts; (B,)."""
+    return (pi * t.mean(0)).sum(0)
+
+
+def terms(kl, log_p, seen):
+    """What is logged: the mean of kl (B,), and of each log p (B,) where its modality was seen."""
+    shares = zip(log_p.items(), seen, strict=True)
+    means = {f"log_px/{name}": (t.sum() / s.sum().clamp(min=1)).detach() for (name, t), s in shares}
+    return {"kl": kl.mean().detach()} | means
 
 
 def scales_that_sum(logits):
