@@ -6,10 +6,13 @@ import shutil
 import subprocess
 import sys
 
+import pytest
 from conftest import ROOT
 
-README = (ROOT / "README.md").read_text()
+import evaluate
 
+README = (ROOT / "README.md").read_text()
+SCRIPTS = ("mvae", "mmvae", "mopoe", "svae", "vaevae")
 
 FORK, FILE = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
@@ -62,3 +65,78 @@ def test_ci_runs_the_test_command_of_readme():
 def test_files_that_readme_links_to_exist():
     for link in re.findall(r"\]\((?!http)([^)#]+)\)", README):
         assert (ROOT / link).exists(), link
+
+
+# ------------------------------------------------------------------------- numbers in README
+
+
+def measured(pattern):
+    """evaluate.statistics of the committed results: {metric: {label: {column: (mean, deviation)}}}."""
+    files = sorted((ROOT / "results").glob(pattern))
+    return evaluate.statistics([evaluate.read_results(file) for file in files])
+
+
+def assert_row(label, cells):
+    assert f"| {label} | {' | '.join(cells)} |" in README
+
+
+@pytest.mark.parametrize("dataset", ["polydigits"])
+def test_tables_by_the_number_of_inputs_are_those_of_results(dataset):
+    found = measured(f"{dataset}__*.json")
+    for metric, title in (
+        ("coherence of the modalities not given, %", "coherence of the modalities not given, %"),
+        ("coherence of all modalities, %", "coherence of all five, %"),
+        ("latent accuracy, %", "latent accuracy, %"),
+        ("log p(X), nats", "log p(X), nats"),
+    ):
+        assert f"**{title}**" in README
+        for label, columns in found[metric].items():
+            cells = [evaluate.plus_minus(*columns.get(n, [None])) for n in "12345"]
+            assert_row(f"`{label}`", cells)
+
+
+def test_the_first_table_is_that_of_results():
+    found = measured("polydigits__*.json")
+    speed = json.loads((ROOT / "results" / "throughput_cpu.json").read_text())["methods"]
+    for script in SCRIPTS:
+        (row,) = re.findall(rf"^\| \[`{script}.py`\].*$", README, re.MULTILINE)
+        coherence = found["coherence of the modalities not given, %"][f"{script}.py"]
+        joint, deviation = found["joint coherence, %"][f"{script}.py"]["joint"]
+        key = "mmvae-k1" if script == "mmvae" else script
+        rate = speed[key]["contenders"][f"{key} float32"]["tuples_per_second"]
+        expected = [
+            ", ".join(f"{coherence[n][0]:.0f}" for n in "1234"),
+            f"{joint:.0f} ± {deviation:.0f}",
+            evaluate.plus_minus(*found["log p(X), nats"][f"{script}.py"]["5"]),
+            f"{rate:.0f}",
+        ]
+        assert row.split(" | ")[3:] == [*expected[:3], expected[3] + " |"]
+
+
+def test_the_table_of_mnist_split_is_that_of_results():
+    metric = "class of the whole image, by the oracle, %"
+    found = measured("mnist-split__*.json")[metric]
+    for script in SCRIPTS:
+        cells = []
+        for share in ("1.0", "0.1", "0.01", "0.001"):
+            columns = found[f"{script}.py --supervision {share}"]
+            means = (columns[subset][0] for subset in ("top+bottom", "top", "bottom"))
+            cells.append(" / ".join(f"{mean:.1f}" for mean in means))
+        assert f"| `{script}.py` | {' | '.join(cells)} | " in README
+
+
+def test_the_table_of_speed_is_that_of_results():
+    speed = json.loads((ROOT / "results" / "throughput_cpu.json").read_text())["methods"]
+    for key, method in speed.items():
+        script, _, k = key.partition("-k")
+        ours, half = (method["contenders"][f"{key} {mode}"] for mode in ("float32", "bf16"))
+        name = f"`{script}.py`" + (f" K = {k}" if k else "")
+        (row,) = re.findall(rf"^\| {re.escape(name)} \| [\d,]+ M \|.*$", README, re.MULTILINE)
+        cells = row.split(" | ")
+        assert cells[1] == f"{method['operations_per_tuple'] / 1e6:,.0f} M"
+        rates = [f"{c['tuples_per_second']:.0f}" for c in (ours, half)]
+        assert cells[2] == f"{rates[0]} ({rates[1]})"
+        if "times_the_peer" in ours:
+            assert cells[4] == f"{ours['times_the_peer']:.2f} ({half['times_the_peer']:.2f})"
+        shares = [f"{100 * c['share_of_floor']:.0f} %" for c in (ours, half)]
+        assert cells[5] == f"{shares[0]} ({shares[1]})"
