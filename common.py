@@ -747,6 +747,10 @@ def perceptron(there=(), back=(), activation=nn.ReLU, last=nn.Identity):
     def encoder(modality, out_dim, hidden):
         widths = [math.prod(modality.parameter_shape), *there]
         net = OneHot(modality), *hidden_layers(widths, activation)
+        if there and modality.parameter_shape == (modality.categories,):
+            # A label is looked up, as in Wu and Goodman's released code: embeddings begin with the
+            # classes further apart than a layer of so few inputs would.
+            net = nn.Embedding(*widths[:2]), activation(), *hidden_layers(there, activation)
         return nn.Sequential(*net, nn.Linear(widths[-1], out_dim))
 
     def decoder(modality, latent_dim, hidden):

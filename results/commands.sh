@@ -29,8 +29,10 @@ done
 python evaluate.py results/polydigits__mopoe__0.json results/polydigits-beta__*.json --against beta \
     --figure results/polydigits_over_beta.png
 
-run polymnist__mopoe__0 mopoe --dataset polymnist --beta 2.5 --amp --epochs 20
-cp runs/polymnist__mopoe__0/*/samples/from_m1.png results/polymnist_from_m1.png
+for script in mopoe mvae; do
+    run "polymnist__${script}__0" "$script" --dataset polymnist --beta 2.5 --amp --epochs 20
+done
+python evaluate.py runs/polymnist__*__0/* --side-by-side results/polymnist_from_m1.png --given m1
 
 for share in 1 0.1 0.01 0.001; do
     for script in mvae mmvae mopoe svae vaevae; do

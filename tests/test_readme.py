@@ -80,7 +80,7 @@ def assert_row(label, cells):
     assert f"| {label} | {' | '.join(cells)} |" in README
 
 
-@pytest.mark.parametrize("dataset", ["polydigits"])
+@pytest.mark.parametrize("dataset", ["polydigits", "polymnist"])
 def test_tables_by_the_number_of_inputs_are_those_of_results(dataset):
     found = measured(f"{dataset}__*.json")
     for metric, title in (
