@@ -42,6 +42,16 @@ for share in 1 0.1 0.01 0.001; do
 done
 python evaluate.py results/mnist-split__*.json --against supervision \
     --figure results/mnist-split_by_supervision.png
+run mnist-split-tight__mmvae__0 mmvae --dataset mnist-split --distribution laplace --scales sum \
+    --learn-prior --amsgrad --objective iwae-tight --K 10 --epochs 6 --amp
+
+for script in mvae mmvae mopoe; do
+    run "mnist-svhn-text__${script}__0" "$script" --dataset mnist-svhn-text --epochs 10 --amp
+done
+for epochs in 0 8; do
+    run "binary-mnist-label__mvae__0__$epochs" mvae --dataset binary-mnist-label --epochs 12 \
+        --anneal-epochs "$epochs" --amp
+done
 
 python benchmarks/throughput.py --modes float32 bf16 --windows 5 --seconds 2 \
     --json results/throughput_cpu.json

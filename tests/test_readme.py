@@ -125,6 +125,25 @@ def test_the_table_of_mnist_split_is_that_of_results():
         assert f"| `{script}.py` | {' | '.join(cells)} | " in README
 
 
+def test_the_tables_of_mnist_svhn_text_are_those_of_results():
+    found = measured("mnist-svhn-text__*.json")
+    coherence = found["coherence from a subset to a target, %"]
+    for label, latents in found["latent accuracy, %"].items():
+        assert_row(f"`{label}`", [evaluate.plus_minus(*value) for value in latents.values()])
+        values = *coherence[label].values(), found["joint coherence, %"][label]["joint"]
+        assert_row(f"`{label}`", [evaluate.plus_minus(*value) for value in values])
+
+
+def test_the_table_of_mnist_with_labels_is_that_of_results():
+    found = measured("binary-mnist-label__*.json")
+    coherence = found["coherence from a subset to a target, %"]
+    for label, columns in coherence.items():
+        shown = [*columns.values(), found["joint coherence, %"][label]["joint"]]
+        cells = [f"{mean:.1f} %" for mean, _ in shown]
+        log_p, _ = found["log p(X), nats"][label]["image+label"]
+        assert_row(label.removeprefix("mvae.py --anneal-epochs "), [*cells, f"{log_p:.1f}"])
+
+
 def test_the_table_of_speed_is_that_of_results():
     speed = json.loads((ROOT / "results" / "throughput_cpu.json").read_text())["methods"]
     for key, method in speed.items():
