@@ -48,9 +48,9 @@ run mnist-split-tight__mmvae__0 mmvae --dataset mnist-split --distribution lapla
 for script in mvae mmvae mopoe; do
     run "mnist-svhn-text__${script}__0" "$script" --dataset mnist-svhn-text --epochs 10 --amp
 done
-for epochs in 0 8; do
-    run "binary-mnist-label__mvae__0__$epochs" mvae --dataset binary-mnist-label --epochs 12 \
-        --anneal-epochs "$epochs" --amp
+for annealed in 0 8; do
+    run "binary-mnist-label__mvae__0__$annealed" mvae --dataset binary-mnist-label --epochs 12 \
+        --anneal-epochs "$annealed" --amp
 done
 
 python benchmarks/throughput.py --modes float32 bf16 --windows 5 --seconds 2 \

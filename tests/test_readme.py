@@ -155,7 +155,12 @@ def test_the_table_of_speed_is_that_of_results():
         assert cells[1] == f"{method['operations_per_tuple'] / 1e6:,.0f} M"
         rates = [f"{c['tuples_per_second']:.0f}" for c in (ours, half)]
         assert cells[2] == f"{rates[0]} ({rates[1]})"
+        memory = f"{ours['peak_memory_gb']:.1f} GB ({half['peak_memory_gb']:.1f})"
+        assert cells[6] == memory
         if "times_the_peer" in ours:
+            peer = method["contenders"][f"multivae-{key} float32"]
+            assert cells[3].split(" ")[0] == f"{peer['tuples_per_second']:.0f}"
+            assert cells[7] == f"{peer['peak_memory_gb']:.1f} GB |"
             assert cells[4] == f"{ours['times_the_peer']:.2f} ({half['times_the_peer']:.2f})"
         shares = [f"{100 * c['share_of_floor']:.0f} %" for c in (ours, half)]
         assert cells[5] == f"{shares[0]} ({shares[1]})"
