@@ -19,7 +19,7 @@ from exact import (
 from torch.distributions import Laplace, Normal
 
 import mmvae
-from common import UserError
+from common import UserError, subset_masks
 from evaluate import importance_sampled
 from mmvae import MMVAE, OBJECTIVES
 from mopoe import MoPoE
@@ -401,6 +401,18 @@ def test_likelihood_weights_stay_out_of_log_likelihoods(float64):
     model.modalities = [replace(m, weight=50.0) for m in model.modalities]
     torch.manual_seed(0)
     assert importance_sampled(model, model.posterior(x), x, 20).equal(plain)
+
+
+@pytest.mark.parametrize("objective", ["elbo", "elbo-is"])
+def test_an_elbo_is_made_of_its_terms(float64, objective):
+    """Each log p(x_i|z) is a mean over the examples that have x_i, without its weight."""
+    model = exact_mmvae(objective=objective, K=4, beta=2.5)
+    model.modalities = [replace(m, weight=1.0 + i) for i, m in enumerate(model.modalities)]
+    observed = subset_masks(3)[torch.randint(7, (64,))]
+    value, terms = model(sample_x(model, 64), observed)
+    seen = zip(model.modalities, observed.double().mean(0), strict=True)
+    total = sum(m.weight * share * terms[f"log_px/{m.name}"] for m, share in seen)
+    assert value.mean().item() == pytest.approx((total - 2.5 * terms["kl"]).item(), rel=1e-12)
 
 
 def test_the_proposal_of_a_log_likelihood_is_the_mixtures_density(float64):

@@ -71,6 +71,12 @@ def test_layers_of_the_convolutions():
     assert back == [(2048, 512), (128, 64, 3, 3), (64, 32, 3, 3), (32, 3, 3, 3)]
 
 
+def test_a_label_is_looked_up_unless_the_family_is_affine():
+    label = dict(name="x", shape=(), likelihood="categorical", categories=10)
+    assert isinstance(common.encoder(Modality(**label, network="mlp"), 6)[0], torch.nn.Embedding)
+    assert isinstance(common.encoder(Modality(**label, network="linear"), 6)[0], common.OneHot)
+
+
 def test_a_family_with_a_norm_has_it_between_the_layers_only():
     m = Modality("x", (1, 28, 28), network="dcgan-28")
 
