@@ -661,8 +661,11 @@ def capture(step, args, device, world):
 
 
 def encoder(modality, out_dim, hidden=512):
-    """The network (B, *modality.shape) -> (B, out_dim) of the modality's family."""
-    return NETWORKS[modality.network][0](modality, out_dim, hidden)
+    """The network (B, *modality.shape) -> (B, out_dim) of the modality's family. Its attribute
+    `modality` says what it encodes."""
+    net = NETWORKS[modality.network][0](modality, out_dim, hidden)
+    net.modality = modality
+    return net
 
 
 def decoder(modality, latent_dim, hidden=512):

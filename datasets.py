@@ -67,7 +67,7 @@ def settings(own):
     return {name: theirs | own.get(name, {}) for name, theirs in SETTINGS.items()}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Split:
     """Tuples of all modalities: tensors[name] (n, *shape), labels (N,), or attributes (N, A), and
     for each modality the row of tensors[name] that belongs to each tuple, index[name] (N,). observed

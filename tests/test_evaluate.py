@@ -1,5 +1,6 @@
 """The evaluation: which subsets, what the oracle sees, what tables and figures show."""
 
+import contextlib
 import dataclasses
 import json
 from operator import itemgetter
@@ -16,7 +17,11 @@ from torch.distributions import Independent, MultivariateNormal, Normal, OneHotC
 import datasets
 import evaluate
 from common import Modality, UserError, likelihood
+from mmvae import MMVAE
 from mopoe import MoPoE
+from mvae import MVAE
+from svae import SVAE
+from vaevae import VAEVAE
 
 
 def vectors(M):
@@ -444,6 +449,29 @@ def test_of_many_modalities_marginals_only_given_all(float64):
     model, split, _ = linear_gaussian(4)
     found = evaluate.log_likelihood(model, split, samples=2)
     assert {key.split("/")[1] for key in found if key.startswith("marginal")} == {"x0+x1+x2+x3"}
+
+
+@pytest.mark.parametrize("method", [MVAE, MMVAE, MoPoE, SVAE, VAEVAE])
+def test_an_encoder_sees_each_test_tuple_once(method, tmp_path, monkeypatch):
+    """In a whole evaluation; no number is moved by it."""
+    monkeypatch.setattr(evaluate.train_classifier, "__defaults__", (1, 64))
+    monkeypatch.setattr(evaluate, "CHUNK", 4)
+    torch.manual_seed(0)
+    parts = [({f"x{i}": torch.randn(n, 2) for i in range(3)}, torch.arange(n) % 2) for n in (5, 7)]
+    data = datasets.from_tensors(*parts, vectors(3))
+    model, args = method(data.modalities, 2), SimpleNamespace(amp=False, cache_dir=tmp_path)
+    encoders = [net for net in model.modules() if hasattr(net, "modality")]
+    seen = {net: [] for net in encoders}
+    for net in encoders:
+        layer = next(part for part in net.modules() if not list(part.children()))
+        layer.register_forward_hook(lambda _, x, __, net=net: seen[net].append(len(x[0])))
+    results = evaluate.evaluate(model, data, args)
+    assert len(encoders) >= 3
+    for sizes in seen.values():  # training tuples come five at a time
+        assert sorted(n for n in sizes if n != 5) == [3, 4]
+    monkeypatch.setattr(evaluate, "encoding_once", lambda *_: contextlib.nullcontext())
+    assert evaluate.evaluate(model, data, args) == results
+    assert all(sizes.count(4) > 2 for sizes in seen.values())
 
 
 # ------------------------------------------------------------------------------- several runs
