@@ -692,6 +692,10 @@ class LeadingDimensions(nn.Module):
         return out.reshape(*z.shape[:-1], *out.shape[1:])
 
 
+# What reads symbols takes their probabilities too, floats (..., categories), by which a metric's
+# classifier is shown a generated text.
+
+
 class OneHot(nn.Module):
     """Integers (B, *shape) as a vector per example; anything else is only flattened."""
 
@@ -700,7 +704,7 @@ class OneHot(nn.Module):
         self.categories = modality.categories if modality.likelihood == "categorical" else 0
 
     def forward(self, x):
-        if self.categories:
+        if self.categories and not x.is_floating_point():
             x = F.one_hot(x, self.categories).to(torch.get_default_dtype())
         return x.flatten(1)
 
@@ -716,7 +720,16 @@ class Symbols(nn.Module):
     def forward(self, x):
         if self.backwards:
             return x.movedim(1, -1)
-        return F.one_hot(x, self.categories).movedim(-1, 1).to(torch.get_default_dtype())
+        if not x.is_floating_point():
+            x = F.one_hot(x, self.categories).to(torch.get_default_dtype())
+        return x.movedim(-1, 1)
+
+
+class Words(nn.Embedding):
+    """The symbols' vectors, (B, L) -> (B, L, width)."""
+
+    def forward(self, x):
+        return x @ self.weight if x.is_floating_point() else super().forward(x)
 
 
 class Residual(nn.Module):
@@ -863,7 +876,7 @@ def sentences(width, *layers, **options):
         return dataclasses.replace(modality, shape=shape, likelihood="normal")
 
     def encoder(modality, out_dim, hidden):
-        words = nn.Embedding(modality.categories, width)
+        words = Words(modality.categories, width)
         one = nn.Unflatten(1, (1, *modality.shape))
         return nn.Sequential(words, one, there(plane(modality), out_dim, hidden))
 
@@ -879,7 +892,7 @@ class GRUEncoder(nn.Module):
 
     def __init__(self, modality, out_dim, hidden):
         super().__init__()
-        self.embedding = nn.Embedding(modality.categories, 200)
+        self.embedding = Words(modality.categories, 200)
         self.gru = nn.GRU(200, 200, batch_first=True, bidirectional=True)
         self.out = nn.Linear(200, out_dim)
 

@@ -335,6 +335,40 @@ def test_a_model_of_chance_has_chance():
     assert abs(joint - 1 / 25) < 4 * error(1 / 25, evaluate.JOINT_SAMPLES)
 
 
+class Places:
+    """A model by hand whose text has its one symbol, the class, in any of three places: at each the
+    space, symbol 5, is the most likely."""
+
+    modalities = (
+        Modality("text", (3,), "categorical", network="text", categories=6),
+        Modality("label", (), "categorical", network="linear", categories=5),
+    )
+
+    def prior(self):
+        return Independent(OneHotCategorical(torch.full((5,), 0.2)), 0)
+
+    def posterior(self, x):
+        return Independent(OneHotCategorical(F.one_hot(x["label"], 5).double()), 0)
+
+    def decode(self, z, names=None):
+        text = torch.cat([z / 3, torch.full_like(z[:, :1], 2 / 3)], -1).log()[:, None]
+        logits = {"text": text.expand(-1, 3, 6), "label": z.log()}
+        return {m.name: likelihood(m, logits[m.name]) for m in self.modalities}
+
+
+def test_a_texts_classifier_is_shown_probabilities_and_a_labels_the_label(monkeypatch):
+    monkeypatch.setattr(evaluate, "subsets_of", lambda _: [["label"]])
+    x = {"text": torch.full((7, 3), 5), "label": torch.arange(7) % 5}
+    split = datasets.Split(x, x["label"], dict.fromkeys(x, torch.arange(7)))
+    named = {
+        "text": lambda x: x["text"].sum(1)[:, :5],
+        "label": lambda x: F.one_hot(x["label"], 5),
+    }
+    found = evaluate.conditional_coherence(Places(), named, split)
+    assert found == {"label": {"text": 1.0, "label": 1.0}}
+    assert evaluate.joint_coherence(Places(), named, "cpu") == 1.0
+
+
 def test_permuted_labels_give_chance():
     split, named = told()
     order = torch.randperm(3000, generator=torch.Generator().manual_seed(1))

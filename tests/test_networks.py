@@ -28,6 +28,7 @@ MODALITIES += [
     Modality("x", (3, 19, 30), network="conv"),
     Modality("x", (), "categorical", network="mlp", categories=10),
     Modality("x", (8,), "categorical", network="text", categories=71),
+    Modality("x", (6,), "categorical", network="linear", categories=4),
     Modality("x", (5,), "categorical", network="gru", categories=11),
     Modality("x", (256,), "categorical", network="residual-text", categories=71),
     Modality("x", (32,), "categorical", network="cub-caption", categories=50),
@@ -50,6 +51,16 @@ def test_shapes_and_no_example_sees_another(float64, m):
     assert h.shape == (3, 6) and parameters.shape == (2, 3, *m.parameter_shape)
     torch.testing.assert_close(encoder(x[1:2]), h[1:2])
     torch.testing.assert_close(decoder(z[1, 2]), parameters[1, 2])
+
+
+@pytest.mark.parametrize("m", [m for m in MODALITIES if m.categories and m.shape], ids=str)
+def test_encoders_of_texts_take_probabilities(float64, m):
+    """Of one-hot ones they make what they make of the symbols."""
+    torch.manual_seed(0)
+    x, net = torch.randint(m.categories, (3, *m.shape)), common.encoder(m, 4)
+    certain = torch.nn.functional.one_hot(x, m.categories).double()
+    torch.testing.assert_close(net(certain), net(x))
+    assert not torch.allclose(net(0.5 * certain + 0.5 / m.categories), net(x))
 
 
 @pytest.mark.parametrize("name", ["conv", "svhn", "text"])
