@@ -774,7 +774,8 @@ def plus_minus(mean, deviation=None):
     """A cell of a table."""
     if mean is None:
         return "–"
-    return f"{mean:.1f}" + (f" ± {deviation:.1f}" if deviation is not None else "")
+    cell = f"{mean:.1f}" if abs(mean) < 1e7 else f"{mean:.1e}"
+    return cell + (f" ± {deviation:.1f}" if deviation is not None else "")
 
 
 def curves(runs, against):

@@ -511,6 +511,12 @@ def test_an_encoder_sees_each_test_tuple_once(method, tmp_path, monkeypatch):
 # ------------------------------------------------------------------------------- several runs
 
 
+def test_cells_of_a_table():
+    assert evaluate.plus_minus(None) == "–"
+    assert evaluate.plus_minus(-2300.44, 5.66) == "-2300.4 ± 5.7"
+    assert evaluate.plus_minus(1.306e24) == "1.3e+24"
+
+
 def made(script="mopoe", seed=0, accuracy=0.5, M=2, source="here", **options):
     """The results of a run, all metrics equal to `accuracy`."""
     subsets = ["+".join(s) for s in evaluate.subsets_of(vectors(M))]
