@@ -29,7 +29,7 @@ done
 python evaluate.py results/polydigits__mopoe__0.json results/polydigits-beta__*.json --against beta \
     --figure results/polydigits_over_beta.png
 
-for script in mopoe mvae; do
+for script in mopoe mvae mmvae; do
     run "polymnist__${script}__0" "$script" --dataset polymnist --beta 2.5 --amp --epochs 20
 done
 python evaluate.py runs/polymnist__*__0/* --side-by-side results/polymnist_from_m1.png --given m1
@@ -44,6 +44,10 @@ python evaluate.py results/mnist-split__*.json --against supervision \
     --figure results/mnist-split_by_supervision.png
 run mnist-split-tight__mmvae__0 mmvae --dataset mnist-split --distribution laplace --scales sum \
     --learn-prior --amsgrad --objective iwae-tight --K 10 --epochs 6 --amp
+
+for script in mvae mmvae mopoe svae vaevae; do
+    run "mnist-split-3__${script}__0" "$script" --dataset mnist-split-3 --epochs 6 --amp
+done
 
 for script in mvae mmvae mopoe; do
     run "mnist-svhn-text__${script}__0" "$script" --dataset mnist-svhn-text --epochs 10 --amp

@@ -125,6 +125,12 @@ def test_the_table_of_mnist_split_is_that_of_results():
         assert f"| `{script}.py` | {' | '.join(cells)} | " in README
 
 
+def test_the_table_of_mnist_split_3_is_that_of_results():
+    found = measured("mnist-split-3__*.json")["class of the whole image, by the oracle, %"]
+    for label, columns in found.items():
+        assert_row(f"`{label}`", [f"{mean:.1f}" for mean, _ in columns.values()])
+
+
 def test_the_tables_of_mnist_svhn_text_are_those_of_results():
     found = measured("mnist-svhn-text__*.json")
     coherence = found["coherence from a subset to a target, %"]
