@@ -662,9 +662,9 @@ def capture(step, args, device, world):
 
 def encoder(modality, out_dim, hidden=512):
     """The network (B, *modality.shape) -> (B, out_dim) of the modality's family. Its attribute
-    `modality` says what it encodes."""
+    `encodes` is the modality."""
     net = NETWORKS[modality.network][0](modality, out_dim, hidden)
-    net.modality = modality
+    net.encodes = modality
     return net
 
 

@@ -100,7 +100,7 @@ def encoding_once(model, split):
         kept = functools.cache(encode)
         return lambda t: kept(t) if t in of_split else encode(t)
 
-    encoders = [net for net in model.modules() if hasattr(net, "modality")]
+    encoders = [net for net in model.modules() if hasattr(net, "encodes")]
     for net in encoders:
         net.forward = remembering(net.forward)
     try:

@@ -494,7 +494,7 @@ def test_an_encoder_sees_each_test_tuple_once(method, tmp_path, monkeypatch):
     parts = [({f"x{i}": torch.randn(n, 2) for i in range(3)}, torch.arange(n) % 2) for n in (5, 7)]
     data = datasets.from_tensors(*parts, vectors(3))
     model, args = method(data.modalities, 2), SimpleNamespace(amp=False, cache_dir=tmp_path)
-    encoders = [net for net in model.modules() if hasattr(net, "modality")]
+    encoders = [net for net in model.modules() if hasattr(net, "encodes")]
     seen = {net: [] for net in encoders}
     for net in encoders:
         layer = next(part for part in net.modules() if not list(part.children()))
