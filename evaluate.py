@@ -752,8 +752,10 @@ def comparison(runs, markdown=False):
             seeds = sorted(results["seed"] for results in members[label])
             tail = [str(members[label][0]["epochs"]), ", ".join(map(str, seeds))]
             cells.append([label, *(plus_minus(*row[column]) for column in columns), *tail])
-            paper = papers.get(members[label][0]["script"], {}).get(metric)
-            if paper and paper["options"].items() <= members[label][0]["options"].items():
+            options = members[label][0]["options"]
+            for paper in papers.get(members[label][0]["script"], {}).get(metric, []):
+                if any(options.get(o) not in allowed for o, allowed in paper["options"].items()):
+                    continue
                 theirs = [plus_minus(*paper["columns"].get(column, [None])) for column in columns]
                 cells.append([paper["source"], *theirs, str(paper["epochs"]), str(paper["seeds"])])
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]

@@ -2,7 +2,10 @@
 
 import contextlib
 import dataclasses
+import importlib
+import itertools
 import json
+import re
 from operator import itemgetter
 from types import SimpleNamespace
 
@@ -564,7 +567,8 @@ def test_more_than_three_modalities_are_shown_by_the_number_given():
 
 
 def test_tables_state_source_epochs_seeds_and_the_papers_number(tmp_path, capsys):
-    runs = [made(M=4, beta=2.5), made(M=4, beta=2.5, seed=1), made("mvae", M=4, source="elsewhere")]
+    mopoe = dict(M=4, beta=2.5, subsets="all")
+    runs = [made(**mopoe), made(**mopoe, seed=1), made("mvae", M=4, source="elsewhere")]
     evaluate.main(write(tmp_path, *runs))
     first, second = capsys.readouterr().out.split("polymnist: ")[1:]
     assert first.startswith("here\n") and second.startswith("elsewhere\n")
@@ -573,13 +577,13 @@ def test_tables_state_source_epochs_seeds_and_the_papers_number(tmp_path, capsys
     paper = ["66.0", "77.0", "81.0", "300", "5"]
     assert next(line for line in lines if line[-5:] == paper)[:3] == ["Sutter", "et", "al."]
     assert "mopoe.py" not in second
-    evaluate.main(write(tmp_path, made(M=4, beta=1.0)))
+    evaluate.main(write(tmp_path, made(M=4, beta=1.0, subsets="all")))
     assert "Sutter" not in capsys.readouterr().out  # they have β = 2.5
     assert "errors bound" not in first
     runs[0] |= {"classifier_accuracy/x0": 0.98, "classifier_accuracy/x1": 0.96}
     evaluate.main(write(tmp_path, runs[0]))
     assert "Below 97 % a classifier's errors bound the coherence: x1." in capsys.readouterr().out
-    evaluate.main([*write(tmp_path, *runs[1:], made(M=4, beta=2.5)), "--markdown"])
+    evaluate.main([*write(tmp_path, *runs[1:], made(**mopoe)), "--markdown"])
     assert "| mopoe.py | 50.0 ± 0.0 |" in capsys.readouterr().out
     evaluate.main([*write(tmp_path, *runs[1:]), "--json"])
     here, elsewhere = json.loads(capsys.readouterr().out)
@@ -589,14 +593,29 @@ def test_tables_state_source_epochs_seeds_and_the_papers_number(tmp_path, capsys
     ]
 
 
+def test_a_papers_number_stands_below_the_runs_of_its_method():
+    on_svhn = dict(dataset="mnist-svhn", joint_coherence=0.5)
+    kinds = ("dreg", "iwae-tight", "elbo")
+    runs = [made("mmvae", objective=o, distribution="laplace") | on_svhn for o in kinds]
+    runs += [made("mmvae", objective="dreg", distribution="normal") | on_svhn]
+    (table,) = [t for t in evaluate.comparison(runs).split("\n\n") if t.startswith("joint")]
+    found = [re.findall(r"elbo|iwae-tight|dreg|Shi|\d+\.\d", line) for line in table.splitlines()]
+    loose, tight = ["Shi", "42.1"], ["Shi", "24.2"]
+    ours = [[kind, "50.0"] for kind in kinds]
+    assert found[1:] == [ours[0], loose, ours[1], tight, ours[2], ["dreg", "50.0"]]
+    runs = [made(M=4, beta=2.5, subsets=s) for s in ("singletons", "full")]
+    assert "Sutter" not in evaluate.comparison(runs)
+
+
 def test_the_papers_numbers_are_of_what_there_is():
     for name, scripts in json.loads(evaluate.PAPERS.read_text()).items():
         assert name in datasets.LOADERS
         for script, metrics in scripts.items():
-            assert script in ("mvae", "mmvae", "mopoe", "svae", "vaevae")
+            options = vars(importlib.import_module(script).arguments(["--dataset", name]))
             assert metrics.keys() <= evaluate.METRICS.keys()
-            for paper in metrics.values():
+            for paper in itertools.chain(*metrics.values()):
                 assert paper.keys() == {"source", "epochs", "seeds", "options", "columns"}
+                assert paper["options"].keys() <= options.keys()
 
 
 def test_curves_are_over_the_inputs_or_an_option(tmp_path):
