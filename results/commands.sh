@@ -52,6 +52,11 @@ done
 for script in mvae mmvae mopoe; do
     run "mnist-svhn-text__${script}__0" "$script" --dataset mnist-svhn-text --epochs 10 --amp
 done
+for objective in elbo elbo-is iwae dreg dreg-mixture iwae-tight dreg-tight; do
+    case $objective in elbo*) K=1 ;; *) K=10 ;; esac
+    run "mnist-svhn__mmvae__0__$objective" mmvae --dataset mnist-svhn --objective "$objective" \
+        --K "$K" --pairings 4 --epochs 8 --amp
+done
 for annealed in 0 8; do
     run "binary-mnist-label__mvae__0__$annealed" mvae --dataset binary-mnist-label --epochs 12 \
         --anneal-epochs "$annealed" --amp

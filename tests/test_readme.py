@@ -140,6 +140,17 @@ def test_the_tables_of_mnist_svhn_text_are_those_of_results():
         assert_row(f"`{label}`", [evaluate.plus_minus(*value) for value in values])
 
 
+def test_the_table_of_mnist_svhn_is_that_of_results():
+    found = measured("mnist-svhn__*.json")
+    for label, latents in found["latent accuracy, %"].items():
+        joint = found["joint coherence, %"][label]["joint"]
+        cross = found["coherence from a subset to a target, %"][label].values()
+        log_p = found["log p(X), nats"][label]["mnist+svhn"]
+        cells = [evaluate.plus_minus(*value) for value in (joint, *cross, *latents.values(), log_p)]
+        (objective,) = re.findall(r"--objective (\S+)", label)
+        assert_row(f"`{objective}`", cells)
+
+
 def test_the_table_of_mnist_with_labels_is_that_of_results():
     found = measured("binary-mnist-label__*.json")
     coherence = found["coherence from a subset to a target, %"]
