@@ -28,11 +28,19 @@ for beta in 0.5 2.5 5 10 20; do
 done
 python evaluate.py results/polydigits__mopoe__0.json results/polydigits-beta__*.json --against beta \
     --figure results/polydigits_over_beta.png
+for seed in 0 1 2; do
+    run "polydigits-singletons__mopoe__$seed" mopoe --seed "$seed" --subsets singletons
+done
+run polydigits-singletons-150__mopoe__0 mopoe --subsets singletons --epochs 150
+run polydigits-components__mmvae__0 mmvae --kl components
 
 for script in mopoe mvae mmvae; do
     run "polymnist__${script}__0" "$script" --dataset polymnist --beta 2.5 --amp --epochs 20
 done
 python evaluate.py runs/polymnist__*__0/* --side-by-side results/polymnist_from_m1.png --given m1
+
+run polymnist-singletons__mopoe__0 mopoe --dataset polymnist --beta 2.5 --subsets singletons --amp \
+    --epochs 20
 
 for share in 1 0.1 0.01 0.001; do
     for script in mvae mmvae mopoe svae vaevae; do
