@@ -315,11 +315,6 @@ def weigh(blocks):
     return one - math.log(n), torch.exp(2 * one - two), variance
 
 
-def importance_sampled(model, q, x, samples):
-    """An estimate of log p(x) with the proposal q, (B,)."""
-    return weigh(log_weights(model, q, x, samples, [(list(x), model.prior())]))[0][0]
-
-
 def log_likelihood(model, test, samples=IMPORTANCE_SAMPLES, seed=0):
     """log p(X) in nats per tuple, by importance sampling with each subset's posterior as the
     proposal, as a flat dict, with the standard error over the tuples, the effective number of

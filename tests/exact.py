@@ -11,6 +11,7 @@ import itertools
 import torch
 from torch.distributions import MultivariateNormal
 
+import evaluate
 from common import Modality
 
 SCALE = 0.8
@@ -140,3 +141,10 @@ def assert_terms_are_given_all_that_is_observed(model, x, monkeypatch):
             log_p = model.decode(q.mean, [name])[name].log_prob(x[name][row])
             expected.append(log_p.mean())
         torch.testing.assert_close(terms[f"log_px/{name}"], torch.stack(expected).mean())
+
+
+def importance_sampled(model, q, x, samples):
+    """An estimate of log p(x) with the proposal q, (B,)."""
+    blocks = evaluate.log_weights(model, q, x, samples, [(list(x), model.prior())])
+    log_mean, _, _ = evaluate.weigh(blocks)
+    return log_mean[0]

@@ -8,6 +8,7 @@ import pytest
 import torch
 from exact import (
     MASKS,
+    importance_sampled,
     log_p,
     mean_and_error,
     modalities,
@@ -20,7 +21,6 @@ from torch.distributions import Laplace, Normal
 
 import mmvae
 from common import UserError, subset_masks
-from evaluate import importance_sampled
 from mmvae import MMVAE, OBJECTIVES
 from mopoe import MoPoE
 

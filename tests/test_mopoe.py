@@ -6,6 +6,7 @@ import torch
 from exact import (
     MASKS,
     SCALE,
+    importance_sampled,
     log_p,
     mean_and_error,
     modalities,
@@ -26,7 +27,6 @@ from common import (
     product_of_gaussians,
     subset_masks,
 )
-from evaluate import importance_sampled
 from mopoe import MoPoE
 
 

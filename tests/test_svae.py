@@ -5,11 +5,19 @@ import itertools
 import exact
 import pytest
 import torch
-from exact import MASKS, log_p, mean_and_error, modalities, repeat, sample_x, set_decoders
+from exact import (
+    MASKS,
+    importance_sampled,
+    log_p,
+    mean_and_error,
+    modalities,
+    repeat,
+    sample_x,
+    set_decoders,
+)
 from torch.distributions import Independent, MixtureSameFamily, Normal, kl_divergence
 
 from common import UserError, product_of_gaussians
-from evaluate import importance_sampled
 from svae import SVAE
 from vaevae import VAEVAE
 
