@@ -69,8 +69,11 @@ MOST_MODALITIES = 6  # the terms more than double with each
 
 def arguments(argv):
     p, model = common.parser(__doc__, DEFAULTS)
+    add = model.add_argument
     kinds = "the complete tuples' terms, see above"
-    model.add_argument("--objective", choices=["svae", "vaevae"], default="svae", help=kinds)
+    add("--objective", choices=["svae", "vaevae"], default="svae", help=kinds)
+    kinds = "every S between one and all modalities, or one a tuple, evenly over the batch"
+    add("--expectation", choices=["all", "stratified"], default="all", help=kinds)
     return common.parse(p, argv, DEFAULTS)
 
 
@@ -81,14 +84,14 @@ class SVAE(nn.Module):
     """A subset S is a tuple of names, in the order of the modalities; the latent z has D
     = latent_dim dimensions."""
 
-    def __init__(self, modalities, latent_dim, beta=1.0, objective="svae"):
+    def __init__(self, modalities, latent_dim, beta=1.0, objective="svae", expectation="all"):
         super().__init__()
         M, names = len(modalities), [m.name for m in modalities]
         if M > MOST_MODALITIES:
             cost = f"{M * 2 ** (M - 1) - M + 1} posteriors and {M**2} encoders"
             raise UserError(f"{M} modalities: {cost}; svae.py takes at most {MOST_MODALITIES}")
         self.modalities, self.latent_dim = modalities, latent_dim
-        self.beta, self.name = beta, objective
+        self.beta, self.name, self.expectation = beta, objective, expectation
         # e_k^f is encoders[f][k].
         self.encoders = nn.ModuleList(
             nn.ModuleList(encoder(m, 2 * latent_dim) for _ in modalities) for m in modalities
@@ -151,43 +154,53 @@ class SVAE(nn.Module):
         """The objective (B,), the sum of its KLs (B,), and {name: log p(x_i|z) (B,)} with z given
         all that is observed; x holds all modalities, or one."""
         q = self.posteriors(x)
-        z = {
-            S: mu + torch.exp(0.5 * logvar) * torch.randn_like(mu) for S, (mu, logvar) in q.items()
-        }
+        names = [m.name for m in self.modalities if m.name in x]
+        B, device = len(x[names[0]]), self.zeros.device
+        rows, times = dict.fromkeys(q, slice(None)), dict.fromkeys(q, 1.0)
+        between = [S for S in q if 1 < len(S) < len(x)]
+        if self.expectation == "stratified" and observed is None and 0 < len(between) <= B:
+            parts = torch.randperm(B, device=device).tensor_split(len(between))
+            rows |= zip(between, parts, strict=True)
+            times |= {S: B / len(rows[S]) for S in between}
         # Whether there is an example that has terms of its single modalities.
         single = self.name == "svae" or len(x) == 1 or observed is not None
         subsets = [S for S in q if len(S) > 1 or single]
-        log_p = {}
-        for m in self.modalities:
+        z, log_p = {}, {}
+        for S in subsets:
+            mu, logvar = (t[:, rows[S]] for t in q[S])
+            z[S] = mu + torch.exp(0.5 * logvar) * torch.randn_like(mu)  # (F, B or fewer, D)
+        for m, decode in zip(self.modalities, self.decoders, strict=True):
             with_m = [S for S in subsets if m.name in S]
             if with_m:
-                p = self.decode(torch.cat([z[S] for S in with_m]), [m.name])[m.name]
-                forms = p.log_prob(x[m.name]).split([len(z[S]) for S in with_m])
-                log_p |= zip([(S, m.name) for S in with_m], forms, strict=True)  # (F, B)
+                parameters = decode(torch.cat([z[S].flatten(0, 1) for S in with_m]))
+                parts = parameters.split([z[S].shape[:2].numel() for S in with_m])
+                for S, part in zip(with_m, parts, strict=True):
+                    p = likelihood(m, part.unflatten(0, z[S].shape[:2]))
+                    log_p[S, m.name] = p.log_prob(x[m.name][rows[S]])
 
-        names = [m.name for m in self.modalities if m.name in x]
         if observed is None:
-            shape = len(x[names[0]]), len(names)
-            observed = torch.ones(shape, dtype=torch.bool, device=self.zeros.device)
+            observed = torch.ones(B, len(names), dtype=torch.bool, device=device)
         seen, n = dict(zip(names, observed.T, strict=True)), observed.sum(1)
-        value, total_kl, log_px = 0.0, 0.0, dict.fromkeys(names, 0.0)
+        value, total_kl = torch.zeros(B, device=device), torch.zeros(B, device=device)
+        log_px = {name: torch.zeros(B, device=device) for name in names}
         for S in subsets:
             counts = torch.stack([seen[name] for name in S]).all(0)
-            to_prior = gaussian_kl(*q[S]).sum(0)
+            q_S = [t[:, None, rows[S]] for t in q[S]]
+            to_prior = gaussian_kl(*q_S).sum((0, 1))
             if len(S) == 1:
                 kl = to_prior  # (D.30)
                 counts = counts & ((n == 1) | (self.name == "svae"))
             else:
-                kl = torch.where(n > len(S), to_prior, 0)  # (D.29), not in (D.28)
+                kl = torch.where(n[rows[S]] > len(S), to_prior, 0)  # (D.29), not in (D.28)
                 for name in S:
                     rest = tuple(other for other in S if other != name)
-                    every_pair = (*(t[:, None] for t in q[S]), *q[rest])
-                    kl = kl + gaussian_kl(*every_pair).sum((0, 1))
+                    kl = kl + gaussian_kl(*q_S, *(t[:, rows[S]] for t in q[rest])).sum((0, 1))
             weighted = [m.weight * log_p[S, m.name].sum(0) for m in self.modalities if m.name in S]
-            value = value + counts * (sum(weighted) - self.beta * kl)
-            total_kl = total_kl + counts * kl
+            counts = times[S] * counts[rows[S]]
+            value[rows[S]] += counts * (sum(weighted) - self.beta * kl)
+            total_kl[rows[S]] += counts * kl
             for name in S:
-                log_px[name] = log_px[name] + counts * (n == len(S)) * log_p[S, name].mean(0)
+                log_px[name][rows[S]] += counts * (n[rows[S]] == len(S)) * log_p[S, name].mean(0)
         return value, total_kl, log_px
 
     def objective(self, x, observed=None, streams=False):
@@ -225,7 +238,7 @@ def main(argv=None):
     data = datasets.load(args)
     train = datasets.with_streams(data.train.to(device), args.supervision, args.data_seed)
     steps = len(datasets.epoch_order(train, args.batch_size, args.seed))
-    options = "latent_dim beta objective"
+    options = "latent_dim beta objective expectation"
     config = {name: getattr(args, name) for name in options.split()}
     model = SVAE(data.modalities, **config).to(device)
     settings = dict(lr=args.lr, fused=True, capturable=device.type == "cuda")

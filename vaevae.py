@@ -67,6 +67,8 @@ def arguments(argv):
     add("--joint", choices=["network", "poe"], default="network", help=kinds)
     kinds = "the complete tuples' terms, see above"
     add("--objective", choices=["vaevae", "svae"], default="vaevae", help=kinds)
+    kinds = "every S between one and all modalities, or one a tuple, evenly over the batch"
+    add("--expectation", choices=["all", "stratified"], default="all", help=kinds)
     return common.parse(p, argv, DEFAULTS)
 
 
@@ -77,13 +79,22 @@ class VAEVAE(nn.Module):
     """A subset S is a tuple of names, in the order of the modalities; the latent z has D
     = latent_dim dimensions."""
 
-    def __init__(self, modalities, latent_dim, beta=1.0, joint="network", objective="vaevae"):
+    def __init__(
+        self,
+        modalities,
+        latent_dim,
+        beta=1.0,
+        joint="network",
+        objective="vaevae",
+        expectation="all",
+    ):
         super().__init__()
         M, names = len(modalities), [m.name for m in modalities]
         if M > MOST_MODALITIES:
             refuse(modalities, joint)
         self.modalities, self.latent_dim = modalities, latent_dim
-        self.beta, self.joint, self.name = beta, joint, objective
+        self.beta, self.joint = beta, joint
+        self.name, self.expectation = objective, expectation
         self.encoders = nn.ModuleList(encoder(m, 2 * latent_dim) for m in modalities)
         self.decoders = nn.ModuleList(decoder(m, latent_dim) for m in modalities)
         self.larger = [S for n in range(2, M + 1) for S in itertools.combinations(names, n)]
@@ -140,41 +151,52 @@ class VAEVAE(nn.Module):
         """The objective (B,), the sum of its KLs (B,), and {name: log p(x_i|z) (B,)} with z given
         all that is observed; x holds all modalities, or one."""
         q = self.posteriors(x)
-        z = {
-            S: mu + torch.exp(0.5 * logvar) * torch.randn_like(mu) for S, (mu, logvar) in q.items()
-        }
+        names = [m.name for m in self.modalities if m.name in x]
+        B, device = len(x[names[0]]), self.zeros.device
+        rows, times = dict.fromkeys(q, slice(None)), dict.fromkeys(q, 1.0)
+        between = [S for S in q if 1 < len(S) < len(x)]
+        if self.expectation == "stratified" and observed is None and 0 < len(between) <= B:
+            parts = torch.randperm(B, device=device).tensor_split(len(between))
+            rows |= zip(between, parts, strict=True)
+            times |= {S: B / len(rows[S]) for S in between}
         # Whether there is an example that has terms of its single modalities.
         single = self.name == "svae" or len(x) == 1 or observed is not None
         subsets = [S for S in q if len(S) > 1 or single]
-        log_p = {}
-        for m in self.modalities:
+        z, log_p = {}, {}
+        for S in subsets:
+            mu, logvar = (t[rows[S]] for t in q[S])
+            z[S] = mu + torch.exp(0.5 * logvar) * torch.randn_like(mu)  # (B or fewer, D)
+        for m, decode in zip(self.modalities, self.decoders, strict=True):
             with_m = [S for S in subsets if m.name in S]
             if with_m:
-                p = self.decode(torch.stack([z[S] for S in with_m]), [m.name])[m.name]
-                log_p |= zip([(S, m.name) for S in with_m], p.log_prob(x[m.name]), strict=True)
+                parameters = decode(torch.cat([z[S] for S in with_m]))
+                parts = parameters.split([len(z[S]) for S in with_m])
+                for S, part in zip(with_m, parts, strict=True):
+                    log_p[S, m.name] = likelihood(m, part).log_prob(x[m.name][rows[S]])
 
-        names = [m.name for m in self.modalities if m.name in x]
         if observed is None:
-            shape = len(x[names[0]]), len(names)
-            observed = torch.ones(shape, dtype=torch.bool, device=self.zeros.device)
+            observed = torch.ones(B, len(names), dtype=torch.bool, device=device)
         seen, n = dict(zip(names, observed.T, strict=True)), observed.sum(1)
-        value, total_kl, log_px = 0.0, 0.0, dict.fromkeys(names, 0.0)
+        value, total_kl = torch.zeros(B, device=device), torch.zeros(B, device=device)
+        log_px = {name: torch.zeros(B, device=device) for name in names}
         for S in subsets:
             counts = torch.stack([seen[name] for name in S]).all(0)
-            to_prior = gaussian_kl(*q[S])
+            q_S = [t[rows[S]] for t in q[S]]
+            to_prior = gaussian_kl(*q_S)
             if len(S) == 1:
                 kl = to_prior  # (D.30)
                 counts = counts & ((n == 1) | (self.name == "svae"))
             else:
-                kl = torch.where(n > len(S), to_prior, 0)  # (D.29), not in (D.28)
+                kl = torch.where(n[rows[S]] > len(S), to_prior, 0)  # (D.29), not in (D.28)
                 for name in S:
                     rest = tuple(other for other in S if other != name)
-                    kl = kl + gaussian_kl(*q[S], *q[rest])
+                    kl = kl + gaussian_kl(*q_S, *(t[rows[S]] for t in q[rest]))
             weighted = [m.weight * log_p[S, m.name] for m in self.modalities if m.name in S]
-            value = value + counts * (sum(weighted) - self.beta * kl)
-            total_kl = total_kl + counts * kl
+            counts = times[S] * counts[rows[S]]
+            value[rows[S]] += counts * (sum(weighted) - self.beta * kl)
+            total_kl[rows[S]] += counts * kl
             for name in S:
-                log_px[name] = log_px[name] + counts * (n == len(S)) * log_p[S, name]
+                log_px[name][rows[S]] += counts * (n[rows[S]] == len(S)) * log_p[S, name]
         return value, total_kl, log_px
 
     def objective(self, x, observed=None, streams=False):
@@ -240,7 +262,7 @@ def main(argv=None):
     data = datasets.load(args)
     train = datasets.with_streams(data.train.to(device), args.supervision, args.data_seed)
     steps = len(datasets.epoch_order(train, args.batch_size, args.seed))
-    options = "latent_dim beta joint objective"
+    options = "latent_dim beta joint objective expectation"
     config = {name: getattr(args, name) for name in options.split()}
     model = VAEVAE(data.modalities, **config).to(device)
     settings = dict(lr=args.lr, fused=True, capturable=device.type == "cuda")

@@ -285,6 +285,64 @@ def test_one_modality_alone_has_its_elbo(float64, make):
     assert mean == pytest.approx(exact, abs=4 * error + 1e-9)
 
 
+# ------------------------------------------------------------ one subset of each tuple, for all
+
+
+@every_model
+@every_objective
+def test_stratified_terms_are_all_terms_in_expectation(float64, monkeypatch, make, objective):
+    """Every subset once with each of 27 tuples: over these draws the mean of value, gradients and
+    terms is that of the whole objective, also where 25 subsets share the tuples unevenly."""
+    monkeypatch.setattr(torch, "randn_like", torch.zeros_like)
+    mods, x = five()
+    x = {name: t[torch.arange(27) % 6] for name, t in x.items()}
+    model, found = make(mods, 3, beta=1.3, objective=objective), []
+    for expectation, draws in (("all", 1), ("stratified", 27)):
+        sums = [0.0] * (7 + len(list(model.parameters())))
+        for draw in range(draws):
+            monkeypatch.setattr(
+                torch, "randperm", lambda n, device, k=draw: torch.arange(n).roll(k)
+            )
+            model.expectation = expectation
+            model.zero_grad()
+            value, terms = model(x)
+            value.sum().backward()
+            got = value.detach(), *terms.values(), *(p.grad for p in model.parameters())
+            sums = [a + b / draws for a, b in zip(sums, got, strict=True)]
+        found.append(sums)
+    for whole, mean in zip(*found, strict=True):
+        torch.testing.assert_close(whole, mean, rtol=1e-10, atol=1e-10)
+
+
+@every_model
+def test_stratified_decodes_each_subset_for_its_share_of_the_batch(float64, make):
+    """50 tuples, two for each of the 25 subsets between."""
+    mods, x = five()
+    model, decoded = make(mods, 3, objective="svae", expectation="stratified"), []
+    for d in model.decoders:
+        d.register_forward_hook(lambda _, inputs, __: decoded.append(inputs[0][..., 0].numel()))
+    model({name: t[torch.arange(300) % 6] for name, t in x.items()}, streams=True)
+    forms = [len(S) ** (2 if isinstance(model, SVAE) else 1) for S in between(5)]
+    assert sum(decoded) == 50 * (5 + 5 + 5) + 2 * sum(forms)
+
+
+def between(M):
+    return [S for n in range(2, M) for S in itertools.combinations(range(M), n)]
+
+
+@every_model
+def test_stratified_takes_every_subset_of_masked_or_few_tuples(float64, noise, make):
+    mods, x = five()
+    many = {name: t[torch.arange(30) % 6] for name, t in x.items()}
+    masked = torch.tensor([True, True, False, True, True]).expand(30, 5)
+    model = make(mods, 3)
+    for batch in ((x,), (many, masked)):
+        found = []
+        for model.expectation in ("all", "stratified"):
+            found.append(model(*batch)[0])
+        assert found[0].equal(found[1])
+
+
 # ------------------------------------------------------------- masks, streams, other posteriors
 
 
