@@ -21,7 +21,9 @@ each modality alone. With two modalities `--objective` is one of
 With more modalities, Eq. (D.28) - (D.31), every subset S of a complete tuple with |S| >= 2 adds
 E_q(z|x_S)[Σ_{i in S} log p(x_i|z)] - Σ_{i in S} KL(q(z|x_S) || q(z|x_S without x_i)), and all but
 the whole also - KL(q(z|x_S) || p(z)). That reads (D.29) without its KL to the absent modality's
-posterior, and (D.31) as a sum over unordered pairs.
+posterior, and (D.31) as a sum over unordered pairs. Five modalities are 80 decodings a tuple.
+`--expectation stratified` gives each complete tuple the terms of one S between one and all
+modalities, as often as there are such S: the same in expectation, at 13 decodings.
 """
 
 import itertools
@@ -147,18 +149,25 @@ class VAEVAE(nn.Module):
             q |= dict(zip(self.larger, zip(*products, strict=True), strict=True))
         return q
 
+    def shares(self, subsets, B, complete):
+        """{S: the rows, of B, with S's terms} and {S: how often these count}: all rows once or,
+        with --expectation stratified, of complete tuples one S between one and all modalities
+        each, evenly and at random, for every such S."""
+        rows, times = dict.fromkeys(subsets, slice(None)), dict.fromkeys(subsets, 1.0)
+        between = [S for S in subsets if 1 < len(S) < len(self.modalities)]
+        if self.expectation == "stratified" and complete and 0 < len(between) <= B:
+            parts = torch.randperm(B, device=self.zeros.device).tensor_split(len(between))
+            rows |= zip(between, parts, strict=True)
+            times |= {S: B / len(rows[S]) for S in between}
+        return rows, times
+
     def bound(self, x, observed=None):
         """The objective (B,), the sum of its KLs (B,), and {name: log p(x_i|z) (B,)} with z given
         all that is observed; x holds all modalities, or one."""
         q = self.posteriors(x)
         names = [m.name for m in self.modalities if m.name in x]
         B, device = len(x[names[0]]), self.zeros.device
-        rows, times = dict.fromkeys(q, slice(None)), dict.fromkeys(q, 1.0)
-        between = [S for S in q if 1 < len(S) < len(x)]
-        if self.expectation == "stratified" and observed is None and 0 < len(between) <= B:
-            parts = torch.randperm(B, device=device).tensor_split(len(between))
-            rows |= zip(between, parts, strict=True)
-            times |= {S: B / len(rows[S]) for S in between}
+        rows, times = self.shares(q, B, complete=observed is None)
         # Whether there is an example that has terms of its single modalities.
         single = self.name == "svae" or len(x) == 1 or observed is not None
         subsets = [S for S in q if len(S) > 1 or single]
