@@ -105,10 +105,9 @@ MAX_MEAN = 1e10
 def bounded(mu, logvar):
     """mu and logvar in float32 at least, clamped to where exp, squares and sums stay finite."""
     dtype = torch.promote_types(mu.dtype, torch.float32)
-    return (
-        mu.to(dtype).clamp(-MAX_MEAN, MAX_MEAN),
-        logvar.to(dtype).clamp(-MAX_LOGVAR, MAX_LOGVAR),
-    )
+    # hardtanh is clamp, but its gradient goes through memory once, that of clamp several times.
+    mu = F.hardtanh(mu.to(dtype), -MAX_MEAN, MAX_MEAN)
+    return mu, F.hardtanh(logvar.to(dtype), -MAX_LOGVAR, MAX_LOGVAR)
 
 
 def subset_masks(M):
