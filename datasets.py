@@ -72,13 +72,15 @@ class Split:
     """Tuples of all modalities: tensors[name] (n, *shape), labels (N,), or attributes (N, A), and
     for each modality the row of tensors[name] that belongs to each tuple, index[name] (N,). observed
     (N, M) is False where a modality is missing, None where none is. Where there are streams (see
-    `with_streams`), a batch is an equal number of rows of each."""
+    `with_streams`), a batch is an equal number of rows of each. Where pixels are drawn, they are
+    black or white, anew in each batch, with their brightness as the chance of white."""
 
     tensors: dict[str, torch.Tensor]
     labels: torch.Tensor
     index: dict[str, torch.Tensor]
     observed: torch.Tensor | None = None
     streams: tuple[torch.Tensor, ...] = ()
+    drawn: bool = False
 
     def __len__(self):
         return len(self.labels)
@@ -87,21 +89,27 @@ class Split:
         tensors = {name: t.to(device) for name, t in self.tensors.items()}
         index = {name: t.to(device) for name, t in self.index.items()}
         observed = None if self.observed is None else self.observed.to(device)
-        return Split(tensors, self.labels.to(device), index, observed, self.streams)
+        moved = dict(tensors=tensors, labels=self.labels.to(device), index=index)
+        return dataclasses.replace(self, **moved, observed=observed)
 
     def fingerprint(self, name):
         """A hash of one modality's data and the labels, for what is cached of them."""
         parts = self.tensors[name], self.index[name], self.labels
-        digest = hashlib.blake2b(digest_size=16)
+        digest = hashlib.blake2b(bytes([self.drawn]), digest_size=16)
         for t in parts:
             digest.update(t.cpu().contiguous().numpy())
         return digest.hexdigest()
+
+    def image(self, t):
+        """Pixels in 0 … 255 as floats in [0, 1], or drawn."""
+        brightness = t.float() / 255
+        return torch.bernoulli(brightness) if self.drawn else brightness
 
     def batch(self, rows):
         """The tuples `rows` (B,) as (x, observed): x[name] (B, *shape), images in [0, 1]; observed
         is None where nothing is missing, else a (B, M) mask in the order of `tensors`."""
         x = {name: t[self.index[name][rows]] for name, t in self.tensors.items()}
-        x = {name: t.float() / 255 if t.dtype == torch.uint8 else t for name, t in x.items()}
+        x = {name: self.image(t) if t.dtype == torch.uint8 else t for name, t in x.items()}
         if not self.streams:
             return x, None if self.observed is None else self.observed[rows]
         one = torch.eye(len(x), dtype=torch.bool, device=rows.device)
@@ -573,12 +581,13 @@ def mnist_label(args):
 
 
 def binary_mnist_label(args):
-    """The same, every pixel black or white, once and for all drawn with its brightness."""
-    parts, source = for_training(*mnist(Path(args.data_dir), "MNIST"))
-    rng, drawn = np.random.default_rng(args.data_seed), []
-    for x, labels in parts:
-        drawn.append((np.uint8(255) * (rng.integers(255, size=x.shape) < x), labels))
-    return labelled(drawn, "mlp", f"{source}, pixels drawn")
+    """The same in black and white, every pixel drawn with its brightness: to train anew for each
+    batch, as in the first release of Wu and Goodman's code, to test once and for all."""
+    (train, (x, labels)), source = for_training(*mnist(Path(args.data_dir), "MNIST"))
+    rng = np.random.default_rng(args.data_seed)
+    test = np.uint8(255) * (rng.integers(255, size=x.shape) < x), labels
+    data = labelled((train, test), "mlp", f"{source}, pixels drawn, to train anew for each batch")
+    return dataclasses.replace(data, train=dataclasses.replace(data.train, drawn=True))
 
 
 def fashion_label(args):

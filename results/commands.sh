@@ -33,10 +33,14 @@ for seed in 0 1 2; do
 done
 run polydigits-singletons-150__mopoe__0 mopoe --subsets singletons --epochs 150
 run polydigits-components__mmvae__0 mmvae --kl components
+run polydigits-stratified__vaevae__0 vaevae --expectation stratified --epochs 30 --batch-size 64 --lr 2e-3
+run polydigits-stratified__svae__0 svae --expectation stratified --epochs 15 --batch-size 64 --lr 2e-3
 
 for script in mopoe mvae mmvae; do
     run "polymnist__${script}__0" "$script" --dataset polymnist --beta 2.5 --amp --epochs 20
 done
+run polymnist__vaevae__0 vaevae --dataset polymnist --beta 2.5 --joint poe --expectation stratified \
+    --amp --epochs 20
 python evaluate.py runs/polymnist__*__0/* --side-by-side results/polymnist_from_m1.png --given m1
 
 run polymnist-singletons__mopoe__0 mopoe --dataset polymnist --beta 2.5 --subsets singletons --amp \

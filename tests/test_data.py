@@ -1,5 +1,6 @@
 """The data sets: what a tuple is, what is kept apart, what a damaged file leads to."""
 
+import dataclasses
 import hashlib
 import importlib
 import io
@@ -435,20 +436,34 @@ def test_the_last_10_000_training_images_are_left_to_validation(data_dir):
     assert (len(data.train), len(data.test)) == (50_000, 10_000)
 
 
-def test_binary_pixels_are_drawn_once_with_their_brightness(tmp_path):
+def test_binary_pixels_are_drawn_anew_to_train_and_once_to_test(tmp_path):
     make_mnist(tmp_path, n=270)
     first, again, other = (
         datasets.load(options(tmp_path, dataset="binary-mnist-label", data_seed=seed))
         for seed in (0, 0, 1)
     )
-    pixels = first.train.tensors["image"]
+    pixels = first.test.tensors["image"]
     assert set(pixels.unique().tolist()) == {0, 255}
-    assert pixels.equal(again.train.tensors["image"])
-    assert not pixels.equal(other.train.tensors["image"])
-    bar = (pixels[:, 0, 3] > 0).double()  # brightness 100 of 255
-    p = 100 / 255
-    assert abs(bar.mean() - p) < 4 * (p * (1 - p) / bar.numel()) ** 0.5
-    assert pixels[:, 0, 4].max() == 0 and (pixels[:, 0, 5] > 0).sum(-1).eq(1).all()
+    assert pixels.equal(again.test.tensors["image"])
+    assert not pixels.equal(other.test.tensors["image"])
+    x, x_again = (first.test.batch(torch.arange(len(pixels)))[0]["image"] for _ in range(2))
+    assert x.equal(x_again) and x.equal(pixels.float() / 255)
+
+    rows, drawn = torch.arange(len(first.train)), []
+    for seed in (0, 1, 0):
+        torch.manual_seed(seed)
+        drawn.append(first.train.to("cpu").batch(rows)[0]["image"])
+    assert drawn[0].equal(drawn[2]) and not drawn[0].equal(drawn[1])
+    for x in (*drawn, pixels.float() / 255):
+        assert set(x.unique().tolist()) == {0, 1}
+        bar = x[:, 0, 3].double()  # brightness 100 of 255
+        p = 100 / 255
+        assert abs(bar.mean() - p) < 4 * (p * (1 - p) / bar.numel()) ** 0.5
+        assert x[:, 0, 4].max() == 0 and x[:, 0, 5].sum(-1).eq(1).all()
+    grey = dataclasses.replace(
+        first.train, drawn=False
+    )  # else a classifier of grey pixels is taken
+    assert grey.fingerprint("image") != first.train.fingerprint("image")
 
 
 @pytest.mark.parametrize("name", ["mnist-svhn", "mnist-svhn-text"])
