@@ -233,14 +233,19 @@ def fail(message):
 
 def command(main):
     """Decorate a script's main: a user's mistake or a file's fault is one line and exit code 2,
-    Ctrl-C exit code 130, neither with a traceback."""
+    Ctrl-C exit code 130, neither with a traceback; who stops reading the output ends it silently."""
 
     @functools.wraps(main)
     def guarded(argv=None):
         try:
-            return main(argv)
+            result = main(argv)
+            sys.stdout.flush()
+            return result
         except UserError as error:
             fail(error)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+            raise SystemExit(1) from None
         except OSError as error:
             fail(f"{error.filename or 'input/output'}: {error.strerror or error}")
         except KeyboardInterrupt:

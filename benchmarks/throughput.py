@@ -42,6 +42,7 @@ import vaevae
 SHAPE, MODALITIES, TUPLES = (3, 28, 28), 5, 20_000
 # As the peer trains MMVAE: Laplace, learnt prior, DReG on the loose bound.
 DREG = dict(objective="dreg", learn_prior=True)
+STRATIFIED = dict(expectation="stratified")
 METHODS = {
     "mopoe": mopoe.MoPoE,
     "mvae": mvae.MVAE,
@@ -49,9 +50,12 @@ METHODS = {
     "mmvae-k10": functools.partial(mmvae.MMVAE, **DREG, K=10),
     "svae": svae.SVAE,
     "vaevae": vaevae.VAEVAE,
+    "svae-stratified": functools.partial(svae.SVAE, **STRATIFIED),
+    "vaevae-poe-stratified": functools.partial(vaevae.VAEVAE, joint="poe", **STRATIFIED),
 }
 PEER, OF_PEER = "multivae-", ("mopoe", "mvae", "mmvae-k1", "mmvae-k10")
-STREAMS = ("svae", "vaevae")  # a step takes a batch of each modality alone, too
+# A step of these takes a batch of each modality alone, too.
+STREAMS = ("svae", "vaevae", "svae-stratified", "vaevae-poe-stratified")
 MODES = ("float32", "bf16", "float32 compiled", "bf16 compiled")
 
 
@@ -300,7 +304,7 @@ def measure(method, options, device):
         rates["copy"].append(copy_rate(device))
     rates = {name: statistics.median(seen) for name, seen in rates.items()}
     peaks = {name: contender.end() for name, contender in contenders.items()}
-    few = argparse.Namespace(**vars(options) | {"batch_size": 32})  # the cost is linear in it
+    few = argparse.Namespace(**vars(options) | {"batch_size": 100})  # the cost is linear in it
     with FlopCounterMode(display=False) as counter:
         make_step(f"{method} float32", few, device)()
     operations = counter.get_total_flops() / few.batch_size

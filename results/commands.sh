@@ -69,9 +69,11 @@ for objective in elbo elbo-is iwae dreg dreg-mixture iwae-tight dreg-tight; do
     run "mnist-svhn__mmvae__0__$objective" mmvae --dataset mnist-svhn --objective "$objective" \
         --K "$K" --pairings 4 --epochs 8 --amp
 done
-for annealed in 0 8; do
-    run "binary-mnist-label__mvae__0__$annealed" mvae --dataset binary-mnist-label --epochs 12 \
-        --anneal-epochs "$annealed" --amp
+for seed in 0 1 2; do
+    for annealed in 0 8; do
+        run "binary-mnist-label__mvae__${seed}__$annealed" mvae --dataset binary-mnist-label \
+            --epochs 12 --anneal-epochs "$annealed" --seed "$seed" --amp
+    done
 done
 python mvae.py --dataset binary-mnist-label --amp --no-eval --runs-dir runs/binary-mnist-label-500
 python evaluate.py --importance-samples 1000 runs/binary-mnist-label-500/*

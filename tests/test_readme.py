@@ -67,6 +67,15 @@ def test_files_that_readme_links_to_exist():
         assert (ROOT / link).exists(), link
 
 
+def test_who_stops_reading_a_table_sees_no_error():
+    """As `| head` does."""
+    files = sorted(map(str, (ROOT / "results").glob("polydigits__m*.json")))
+    command = [sys.executable, str(ROOT / "evaluate.py"), *files]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait() == 1
+
+
 # ------------------------------------------------------------------------- numbers in README
 
 
@@ -155,10 +164,10 @@ def test_the_table_of_mnist_with_labels_is_that_of_results():
     found = measured("binary-mnist-label__*.json")
     coherence = found["coherence from a subset to a target, %"]
     for label, columns in coherence.items():
-        shown = [*columns.values(), found["joint coherence, %"][label]["joint"]]
-        cells = [f"{mean:.1f} %" for mean, _ in shown]
-        log_p, _ = found["log p(X), nats"][label]["image+label"]
-        assert_row(label.removeprefix("mvae.py --anneal-epochs "), [*cells, f"{log_p:.1f}"])
+        joint = found["joint coherence, %"][label]["joint"]
+        log_p = found["log p(X), nats"][label]["image+label"]
+        cells = [evaluate.plus_minus(*value) for value in (*columns.values(), joint, log_p)]
+        assert_row(label.removeprefix("mvae.py --anneal-epochs "), cells)
 
 
 def test_the_table_of_speed_is_that_of_results():
