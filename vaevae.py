@@ -151,8 +151,8 @@ class VAEVAE(nn.Module):
 
     def shares(self, subsets, B, complete):
         """{S: the rows, of B, with S's terms} and {S: how often these count}: all rows once or,
-        with --expectation stratified, of complete tuples one S between one and all modalities
-        each, evenly and at random, for every such S."""
+        with --expectation stratified and no fewer complete tuples than there are S between one and
+        all modalities, one such S each, evenly and at random, for all of them."""
         rows, times = dict.fromkeys(subsets, slice(None)), dict.fromkeys(subsets, 1.0)
         between = [S for S in subsets if 1 < len(S) < len(self.modalities)]
         if self.expectation == "stratified" and complete and 0 < len(between) <= B:
