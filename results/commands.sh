@@ -81,4 +81,6 @@ cp runs/binary-mnist-label-500/*/results.json results/binary-mnist-label-500__mv
 
 python benchmarks/throughput.py --modes float32 bf16 --windows 5 --seconds 2 \
     --json results/throughput_cpu.json
+python benchmarks/throughput.py --methods svae svae-stratified vaevae-poe-stratified \
+    --modes float32 bf16 --windows 3 --seconds 2 --json results/throughput_stratified_cpu.json
 python benchmarks/evaluation.py --modes bf16 --json results/evaluation_cpu.json

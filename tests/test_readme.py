@@ -190,3 +190,18 @@ def test_the_table_of_speed_is_that_of_results():
             assert cells[4] == f"{ours['times_the_peer']:.2f} ({half['times_the_peer']:.2f})"
         shares = [f"{100 * c['share_of_floor']:.0f} %" for c in (ours, half)]
         assert cells[5] == f"{shares[0]} ({shares[1]})"
+
+
+def test_the_speed_of_the_stratified_terms_is_that_of_results():
+    file = ROOT / "results" / "throughput_stratified_cpu.json"
+    found = {}
+    for method in json.loads(file.read_text())["methods"].values():
+        for name, row in method["contenders"].items():
+            found[name] = f"{row['tuples_per_second']:.0f}"
+    text = " ".join(README.split())
+    svae = [
+        found[f"svae{kind} {mode}"] for mode in ("float32", "bf16") for kind in ("", "-stratified")
+    ]
+    assert "from {} to {} tuples/s, in bfloat16 from {} to {},".format(*svae) in text
+    vaevae = (found[f"vaevae-poe-stratified {mode}"] for mode in ("float32", "bf16"))
+    assert "has {} ({}) with it".format(*vaevae) in text
