@@ -75,9 +75,10 @@ for seed in 0 1 2; do
             --epochs 12 --anneal-epochs "$annealed" --seed "$seed" --amp
     done
 done
-python mvae.py --dataset binary-mnist-label --amp --no-eval --runs-dir runs/binary-mnist-label-500
-python evaluate.py --importance-samples 1000 runs/binary-mnist-label-500/*
-cp runs/binary-mnist-label-500/*/results.json results/binary-mnist-label-500__mvae__0.json
+long=binary-mnist-label-340
+python mvae.py --dataset binary-mnist-label --amp --epochs 340 --no-eval --runs-dir "runs/$long"
+python evaluate.py --importance-samples 1000 "runs/$long"/*
+cp "runs/$long"/*/results.json "results/${long}__mvae__0.json"
 
 python benchmarks/throughput.py --modes float32 bf16 --windows 5 --seconds 2 \
     --json results/throughput_cpu.json
