@@ -293,9 +293,9 @@ def parser(description, defaults):
         names = ", ".join(defaults)
         raise argparse.ArgumentTypeError(f"{text!r} is not one of {names}, or a FILE.npz")
 
-    kinds = "one of " + ", ".join(defaults) + ", or own data as FILE.npz"
+    about = "one of " + ", ".join(defaults) + ", or own data as FILE.npz"
     first = next(iter(defaults))
-    add("--dataset", type=dataset, metavar="NAME", default=first, help=kinds)
+    add("--dataset", type=dataset, metavar="NAME", default=first, help=about)
     add(
         "--data-dir",
         metavar="DIR",
@@ -311,12 +311,12 @@ def parser(description, defaults):
         help="polymnist: folder of five background pictures (default: two photographs that "
         "scikit-learn has and three generated pictures)",
     )
-    kinds = "share of complete tuples; below 1 a step also takes a batch of each modality alone"
-    add("--supervision", type=number(float, 0, 1), default=1.0, help=kinds)
-    kinds = "chance of each modality of a training example to be there; one always is"
-    add("--keep", type=number(float, 0, 1), default=1.0, help=kinds)
-    kinds = "mnist-svhn, mnist-svhn-text: how often an image is paired"
-    add("--pairings", type=number(int, 1, 1000), default=20, help=kinds)
+    about = "share of complete tuples; below 1 a step also takes a batch of each modality alone"
+    add("--supervision", type=number(float, 0, 1), default=1.0, help=about)
+    about = "chance of each modality of a training example to be there; one always is"
+    add("--keep", type=number(float, 0, 1), default=1.0, help=about)
+    about = "mnist-svhn, mnist-svhn-text: how often an image is paired"
+    add("--pairings", type=number(int, 1, 1000), default=20, help=about)
     add("--download", action="store_true", help="polymnist: fetch the authors' images from Zenodo")
 
     model = p.add_argument_group("model")
@@ -358,8 +358,8 @@ def parser(description, defaults):
         default=60.0,
         help="least time between checkpoints; the last epoch always has one",
     )
-    kinds = "evaluate every N epochs on 1,000 training tuples, for TensorBoard; 0 is never"
-    add("--eval-every", metavar="N", type=number(int, 0, 10**6), default=0, help=kinds)
+    about = "evaluate every N epochs on 1,000 training tuples, for TensorBoard; 0 is never"
+    add("--eval-every", metavar="N", type=number(int, 0, 10**6), default=0, help=about)
     add("--no-eval", action="store_true", help="leave out the evaluation at the end")
     return p, model
 

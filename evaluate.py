@@ -908,9 +908,9 @@ def main(argv=None):
     p.add_argument("--markdown", action="store_true", help="tables of several runs in Markdown")
     p.add_argument("--json", action="store_true", help="the same as JSON")
     p.add_argument("--figure", metavar="FILE", help="draw the runs' metrics as a PNG")
-    kinds = "what --figure has below: the number of inputs, an option, or, for beta, log p(X)"
+    about = "what --figure has below: the number of inputs, an option, or, for beta, log p(X)"
     p.add_argument(
-        "--against", choices=["inputs", "supervision", "keep", "beta"], default="inputs", help=kinds
+        "--against", choices=["inputs", "supervision", "keep", "beta"], default="inputs", help=about
     )
     p.add_argument(
         "--latent-train",

@@ -57,15 +57,15 @@ OBJECTIVES = ("elbo", "iwae", "iwae-tight", "dreg", "dreg-tight", "dreg-mixture"
 def arguments(argv):
     p, model = common.parser(__doc__, DEFAULTS)
     add = model.add_argument
-    dimension, kinds = common.number(int, 0, 65536), "latent dimensions of each modality alone"
-    add("--private-dim", type=dimension, default=0, help=kinds)
+    dimension, about = common.number(int, 0, 65536), "latent dimensions of each modality alone"
+    add("--private-dim", type=dimension, default=0, help=about)
     add("--objective", choices=OBJECTIVES, default="iwae", help="bound and gradient, see above")
     add("--K", type=common.number(int, 1, 10**6), default=30, help="samples of each expert")
-    kinds = "elbo: the mixture's KL by sampling, or the mean of the experts' in closed form"
-    add("--kl", choices=["mixture", "components"], default="mixture", help=kinds)
+    about = "elbo: the mixture's KL by sampling, or the mean of the experts' in closed form"
+    add("--kl", choices=["mixture", "components"], default="mixture", help=about)
     add("--distribution", choices=["laplace", "normal"], default="laplace", help="prior, experts")
-    kinds = "scales that sum to their number by a softmax, or exp of half a log-variance"
-    add("--scales", choices=["sum", "free"], default="sum", help=kinds)
+    about = "scales that sum to their number by a softmax, or exp of half a log-variance"
+    add("--scales", choices=["sum", "free"], default="sum", help=about)
     add("--learn-prior", action="store_true", help="learn the prior's scales, which sum to D")
     add("--amsgrad", action="store_true", help="Adam with AMSGrad, as in the paper")
     return common.parse(p, argv, DEFAULTS)

@@ -49,14 +49,14 @@ DEFAULTS = datasets.settings(
 def arguments(argv):
     p, model = common.parser(__doc__, DEFAULTS)
     add = model.add_argument
-    dimension, kinds = common.number(int, 0, 65536), "latent dimensions of each modality alone"
-    add("--private-dim", type=dimension, default=0, help=kinds)
-    kinds = "components of the mixture: all subsets, the single modalities, or the full set"
-    add("--subsets", choices=["all", "singletons", "full"], default="all", help=kinds)
-    kinds = "sample one subset an example, evenly over the batch, or every subset, Eq. (5)"
-    add("--expectation", choices=["stratified", "all"], default="stratified", help=kinds)
-    kinds = "mean of the components' KLs in closed form, or the mixture's own by sampling"
-    add("--kl", choices=["components", "mixture"], default="components", help=kinds)
+    dimension, about = common.number(int, 0, 65536), "latent dimensions of each modality alone"
+    add("--private-dim", type=dimension, default=0, help=about)
+    about = "components of the mixture: all subsets, the single modalities, or the full set"
+    add("--subsets", choices=["all", "singletons", "full"], default="all", help=about)
+    about = "sample one subset an example, evenly over the batch, or every subset, Eq. (5)"
+    add("--expectation", choices=["stratified", "all"], default="stratified", help=about)
+    about = "mean of the components' KLs in closed form, or the mixture's own by sampling"
+    add("--kl", choices=["components", "mixture"], default="components", help=about)
     add("--prior-expert", action="store_true", help="the full set's product has the prior in it")
     return common.parse(p, argv, DEFAULTS)
 

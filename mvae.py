@@ -64,14 +64,14 @@ DEFAULTS = datasets.settings(
 def arguments(argv):
     p, model = common.parser(__doc__, DEFAULTS)
     add = model.add_argument
-    dimension, kinds = common.number(int, 0, 65536), "latent dimensions of each modality alone"
-    add("--private-dim", type=dimension, default=0, help=kinds)
-    count, kinds = common.number(int, 0, 1000), "ELBOs of random subsets in every step"
-    add("--random-subsets", metavar="K", type=count, default=0, help=kinds)
-    count, kinds = common.number(int, 0, 10**6), "epochs in which β rises linearly from 0"
-    add("--anneal-epochs", metavar="N", type=count, default=0, help=kinds)
-    kinds = "product with the prior as an expert, or of q(z|x_i) over powers of the prior"
-    add("--product", choices=["universal", "quotient"], default="universal", help=kinds)
+    dimension, about = common.number(int, 0, 65536), "latent dimensions of each modality alone"
+    add("--private-dim", type=dimension, default=0, help=about)
+    count, about = common.number(int, 0, 1000), "ELBOs of random subsets in every step"
+    add("--random-subsets", metavar="K", type=count, default=0, help=about)
+    count, about = common.number(int, 0, 10**6), "epochs in which β rises linearly from 0"
+    add("--anneal-epochs", metavar="N", type=count, default=0, help=about)
+    about = "product with the prior as an expert, or of q(z|x_i) over powers of the prior"
+    add("--product", choices=["universal", "quotient"], default="universal", help=about)
     args = common.parse(p, argv, DEFAULTS)
     if args.random_subsets and args.compile is True:
         raise UserError(

@@ -72,10 +72,10 @@ MOST_MODALITIES = 6  # the terms more than double with each
 def arguments(argv):
     p, model = common.parser(__doc__, DEFAULTS)
     add = model.add_argument
-    kinds = "the complete tuples' terms, see above"
-    add("--objective", choices=["svae", "vaevae"], default="svae", help=kinds)
-    kinds = "every S between one and all modalities, or one a tuple, evenly over the batch"
-    add("--expectation", choices=["all", "stratified"], default="all", help=kinds)
+    about = "the complete tuples' terms, see above"
+    add("--objective", choices=["svae", "vaevae"], default="svae", help=about)
+    about = "every S between one and all modalities, or one a tuple, evenly over the batch"
+    add("--expectation", choices=["all", "stratified"], default="all", help=about)
     return common.parse(p, argv, DEFAULTS)
 
 

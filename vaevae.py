@@ -65,12 +65,12 @@ MOST_MODALITIES = 6  # the terms, and the joint networks, double with each
 def arguments(argv):
     p, model = common.parser(__doc__, DEFAULTS)
     add = model.add_argument
-    kinds = "q(z|x_S) of two and more: a network for each S, or the product of the experts"
-    add("--joint", choices=["network", "poe"], default="network", help=kinds)
-    kinds = "the complete tuples' terms, see above"
-    add("--objective", choices=["vaevae", "svae"], default="vaevae", help=kinds)
-    kinds = "every S between one and all modalities, or one a tuple, evenly over the batch"
-    add("--expectation", choices=["all", "stratified"], default="all", help=kinds)
+    about = "q(z|x_S) of two and more: a network for each S, or the product of the experts"
+    add("--joint", choices=["network", "poe"], default="network", help=about)
+    about = "the complete tuples' terms, see above"
+    add("--objective", choices=["vaevae", "svae"], default="vaevae", help=about)
+    about = "every S between one and all modalities, or one a tuple, evenly over the batch"
+    add("--expectation", choices=["all", "stratified"], default="all", help=about)
     return common.parse(p, argv, DEFAULTS)
 
 
@@ -93,7 +93,10 @@ class VAEVAE(nn.Module):
         super().__init__()
         M, names = len(modalities), [m.name for m in modalities]
         if M > MOST_MODALITIES:
-            refuse(modalities, joint)
+            cost = f"{2**M - 1} posteriors and {M * 2 ** (M - 1)} decodings a tuple"
+            if joint == "network":
+                cost += f", {2**M - M - 1} joint networks with {M * 2 ** (M - 1) - M} encoders"
+            raise UserError(f"{M} modalities: {cost}; vaevae.py takes at most {MOST_MODALITIES}")
         self.modalities, self.latent_dim = modalities, latent_dim
         self.beta, self.joint = beta, joint
         self.name, self.expectation = objective, expectation
@@ -247,18 +250,6 @@ class JointEncoder(nn.Module):
     def forward(self, x):
         pairs = zip(self.modalities, self.encoders, strict=True)
         return self.join(torch.cat([encode(x[m.name]) for m, encode in pairs], -1))
-
-
-def refuse(modalities, joint):
-    """Say what so many modalities would cost."""
-    M = len(modalities)
-    cost = f"{2**M - 1} posteriors and {M * 2 ** (M - 1)} decodings a tuple"
-    if joint == "network":
-        size = sum(p.numel() for m in modalities for p in encoder(m, 512).parameters())
-        copies = 2 ** (M - 1) - 1  # of each modality's encoder
-        cost += f", {2**M - M - 1} joint networks with {M * copies} encoders "
-        cost += f"of {copies * size / 1e6:,.0f} million parameters"
-    raise UserError(f"{M} modalities: {cost}; vaevae.py takes at most {MOST_MODALITIES}")
 
 
 # ----------------------------------------------------------------------------------- training
