@@ -25,6 +25,7 @@ import shutil
 import subprocess
 import sys
 import time
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -185,10 +186,12 @@ def gaussian(mu, logvar):
 def likelihood(modality, parameters):
     """p(x_i|z) from a decoder's output (..., *parameter_shape), with event shape modality.shape."""
     parameters = parameters.to(torch.promote_types(parameters.dtype, torch.float32))
+    # A number would be copied to a GPU at each call, and the host would wait for it.
+    scale = torch.full((), modality.scale, dtype=parameters.dtype, device=parameters.device)
     if modality.likelihood == "laplace":
-        p = Laplace(parameters, modality.scale, validate_args=False)
+        p = Laplace(parameters, scale, validate_args=False)
     elif modality.likelihood == "normal":
-        p = Normal(parameters, modality.scale, validate_args=False)
+        p = Normal(parameters, scale, validate_args=False)
     elif modality.likelihood == "bernoulli":
         p = Bernoulli(logits=parameters, validate_args=False)
     elif modality.padding is None:
@@ -243,6 +246,8 @@ def command(main):
             return result
         except UserError as error:
             fail(error)
+        except torch.OutOfMemoryError:
+            fail("the GPU's memory does not suffice; a smaller --batch-size needs less")
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
             raise SystemExit(1) from None
@@ -321,7 +326,7 @@ def parser(description, defaults):
 
     model = p.add_argument_group("model")
     add = model.add_argument
-    add("--latent-dim", type=number(int, 1, 65536), default=64, help="shared latent dimensions")
+    add("--latent-dim", type=number(int, 2, 65536), default=64, help="shared latent dimensions")
     add("--beta", type=number(float, 0, 1e6), default=1.0, help="weight β of the KL term")
 
     add = p.add_argument_group("training").add_argument
@@ -404,6 +409,10 @@ def parse_device(name, local=0):
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: there is no CUDA device here, use --device cpu")
     cuda = name != "cpu" and torch.cuda.is_available()
+    if cuda and local >= torch.cuda.device_count():
+        raise UserError(
+            f"torchrun: process {local + 1} has no GPU, {torch.cuda.device_count()} here"
+        )
     return torch.device("cuda", local) if cuda else torch.device("cpu")
 
 
@@ -550,10 +559,12 @@ def restore(args, model, optimizer):
     if state["class"] != type(model).__name__:
         raise UserError(f"{path}: holds a {state['class']}, not a {type(model).__name__}")
     load_weights(model, state, path)
+    capturable = optimizer.param_groups[0]["capturable"]  # the device's, which may be another
     try:
         optimizer.load_state_dict(state["optimizer"])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: its optimiser does not fit: {error}") from None
+    optimizer.param_groups[0]["capturable"] = capturable
     if args.epochs < state["epoch"]:
         raise UserError(f"--epochs {args.epochs}: the run has done {state['epoch']} already")
     return state["epoch"]
@@ -605,12 +616,14 @@ def progress(args, start, steps, rank):
 
 @contextlib.contextmanager
 def interruptible(run):
-    """Around training: on Ctrl-C say how to go on from the last checkpoint."""
+    """Around training: on Ctrl-C say how to go on from the last checkpoint, if there is one."""
     try:
         yield
     except KeyboardInterrupt:
-        if run is not None:
+        if run is not None and (run / "checkpoint.pt").exists():
             print(f"\nstopped; go on with: python {sys.argv[0]} --resume {run}", file=sys.stderr)
+        elif run is not None:
+            print(f"\nstopped before the first checkpoint of {run}", file=sys.stderr)
         raise
 
 
@@ -623,6 +636,11 @@ def accelerate(model, args, device, world):
         return model
     if device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
         raise UserError("--compile: needs a C++ compiler on a CPU, and there is no g++ here")
+    # One graph for all: where a graph ends between a sample and its use, DReG's hook is lost.
+    torch._dynamo.config.optimize_ddp = False
+    # Else the backward pass of what autocast leaves in float32 is traced in bfloat16.
+    if hasattr(torch._functorch.config, "backward_pass_autocast"):
+        torch._functorch.config.backward_pass_autocast = "off"
     return torch.compile(model)
 
 
@@ -631,15 +649,22 @@ def compiles(args, device):
     return device.type == "cuda" if args.compile == "auto" else args.compile
 
 
+def captures(args, device, world):
+    """Whether a step becomes one CUDA graph: on one GPU, where compilation is on."""
+    return device.type == "cuda" and world == 1 and compiles(args, device)
+
+
 def capture(step, args, device, world):
-    """step(rows) as one CUDA graph, where there is one GPU and compilation is on.
+    """step(rows) as one CUDA graph, where `captures` says so.
 
     The first three calls run as they are (they compile, and set up the optimiser's state), the
     fourth is captured, and from then on only `rows` is copied in and the graph replayed. What the
     step returns is overwritten by the next call.
     """
-    if device.type != "cuda" or world > 1 or not compiles(args, device):
+    if not captures(args, device, world):
         return step
+    # Of Adam, which runs three steps uncaptured.
+    warnings.filterwarnings("ignore", ".*constructed with capturable=True")
     graph, side, calls = torch.cuda.CUDAGraph(), torch.cuda.Stream(), itertools.count()
     static = {}
 

@@ -8,10 +8,13 @@ into it, converted to float on the device. Own data are one more entry in LOADER
 import collections
 import dataclasses
 import hashlib
+import http.client
 import io
 import itertools
 import json
 import math
+import os
+import pickle
 import re
 import string
 import struct
@@ -56,7 +59,7 @@ SETTINGS = {
     "multimnist": MVAE_ON_MNIST | dict(latent_dim=100),
     "celeba-attr": MVAE_ON_CELEBA,
     "celeba19": MVAE_ON_CELEBA,
-    "cub": dict(epochs=50, batch_size=64, lr=1e-3, latent_dim=64),  # Shi et al. 2019, App. F
+    "cub": dict(epochs=50, batch_size=64, lr=1e-3, latent_dim=64),  # Shi et al. 2019, code
     "digits-label": OWN_ON_DIGITS,
     "digits-split": OWN_ON_DIGITS,
 }
@@ -170,7 +173,12 @@ def load(args):
     """The Data that the options of the group "data" name. Raises UserError in one line where
     something is missing or damaged."""
     loader = tensor_file if args.dataset.endswith(".npz") else LOADERS[args.dataset]
+    distributed, first = torch.distributed.is_initialized(), os.environ.get("LOCAL_RANK") == "0"
+    if distributed and not first:
+        torch.distributed.barrier()  # so that each host downloads and decodes but once
     data = loader(args)
+    if distributed and first:
+        torch.distributed.barrier()
     if args.keep < 1:
         kept = with_gaps(data.train, args.keep, args.data_seed)
         data = dataclasses.replace(data, train=kept)
@@ -237,8 +245,10 @@ def cached(cache_dir, name, key, build):
     path = Path(cache_dir) / f"{name}-{digest}.pt"
     if path.is_file():
         try:
+            if not zipfile.is_zipfile(path):  # torch.load would take it for an old format
+                raise ValueError("no zip file")
             return torch.load(path, weights_only=True)
-        except (RuntimeError, EOFError) as error:
+        except (RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
             raise UserError(f"{path}: is damaged ({error}); delete it to build it anew") from None
     content = build()
     buffer = io.BytesIO()
@@ -246,6 +256,20 @@ def cached(cache_dir, name, key, build):
     path.parent.mkdir(parents=True, exist_ok=True)
     replace(path, buffer.getbuffer())
     return content
+
+
+def absent(folder, name, files):
+    """The error of a data set that is neither in the data folder nor to be had by itself."""
+    return UserError(
+        f"--data-dir {folder}: {name} is not there and cannot be downloaded; put {files}, or try "
+        "--dataset polydigits, which needs no files"
+    )
+
+
+def state_of(files):
+    """The files' names, sizes and times as a hash, for what is cached of them."""
+    facts = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return hashlib.sha256(repr(facts).encode()).hexdigest()
 
 
 # ------------------------------------------------------------- digits on coloured backgrounds
@@ -378,12 +402,14 @@ def authors_polymnist(place, cache_dir):
     """The authors' PolyMNIST, a folder or its zip with train/m0 … m4/<index>.<digit>.png inside and
     test likewise; the zip is read where it lies. Decoded once, then cached."""
     if place.is_dir():
-        names = sorted(p.relative_to(place).as_posix() for p in place.rglob("*.png"))
+        files = sorted(place.rglob("*.png"))
+        names = [file.relative_to(place).as_posix() for file in files]
 
         def read(name):
             return (place / name).read_bytes()
 
     else:
+        files = [place]
         try:
             archive = zipfile.ZipFile(place)
         except zipfile.BadZipFile:
@@ -408,7 +434,7 @@ def authors_polymnist(place, cache_dir):
     def picture(name):
         try:
             pixels = np.asarray(Image.open(io.BytesIO(read(name))).convert("RGB"))
-        except (UnidentifiedImageError, OSError, zipfile.BadZipFile):
+        except (UnidentifiedImageError, OSError, EOFError, zipfile.BadZipFile, zlib.error):
             raise UserError(f"{place}: {name} is damaged") from None
         if pixels.shape != (28, 28, 3):
             raise UserError(f"{place}: {name} is {pixels.shape[:2]}, must be 28×28")
@@ -423,9 +449,7 @@ def authors_polymnist(place, cache_dir):
             content[f"{part}/labels"] = torch.tensor([digit for (_, digit), _ in tuples])
         return content
 
-    status = place.stat()
-    key = [str(place.resolve()), status.st_size, status.st_mtime, len(names)]
-    content = cached(cache_dir, "polymnist", key, decode)
+    content = cached(cache_dir, "polymnist", state_of(files), decode)
     splits = [
         ({f"m{m}": content[f"{part}/m{m}"] for m in range(5)}, content[f"{part}/labels"])
         for part in ("train", "test")
@@ -446,7 +470,7 @@ def download_polymnist(root):
         with urllib.request.urlopen(ZENODO_RECORD, timeout=60) as reply:
             files = json.load(reply)["files"]
         entry = next(file for file in files if file["key"].endswith(".zip"))
-        md5, temporary = hashlib.md5(), target.with_name(".PolyMNIST.zip.part")
+        md5, temporary = hashlib.md5(), target.with_name(f".PolyMNIST.zip.{os.getpid()}")
         root.mkdir(parents=True, exist_ok=True)
         try:
             with (
@@ -461,7 +485,14 @@ def download_polymnist(root):
             temporary.rename(target)
         finally:
             temporary.unlink(missing_ok=True)
-    except (urllib.error.URLError, TimeoutError, KeyError, StopIteration) as error:
+    except (
+        urllib.error.URLError,
+        http.client.HTTPException,
+        TimeoutError,
+        json.JSONDecodeError,
+        KeyError,
+        StopIteration,
+    ) as error:
         raise UserError(
             f"--download: {ZENODO_RECORD} cannot be read ({error}); put PolyMNIST.zip into {root} "
             "by hand, or leave --download out"
@@ -494,25 +525,23 @@ def mnist(root, name):
     sums, where the files are absent."""
     dataset = getattr(torchvision.datasets, name)
     raw = root / name / "raw"
-    if not raw.is_dir():
+    idx = ("images-idx3-ubyte", "labels-idx1-ubyte")
+    files = {part: [raw / f"{part}-{kind}" for kind in idx] for part in ("train", "t10k")}
+    if not all(path.is_file() for pair in files.values() for path in pair):
         try:
             dataset(root, download=True)
         except (RuntimeError, OSError):
-            raise UserError(
-                f"--data-dir {root}: {name} is not there and cannot be downloaded; put its four "
-                f"idx files into {raw}, or try --dataset polydigits, which needs no files"
-            ) from None
+            raise absent(root, name, f"its four idx files into {raw}") from None
     parts, found = [], []
-    for part, train in (("train", True), ("t10k", False)):
-        files = raw / f"{part}-images-idx3-ubyte", raw / f"{part}-labels-idx1-ubyte"
-        images, labels = map(read_idx_header, files, (2051, 2049))
+    for part, pair in files.items():
+        images, labels = map(read_idx_header, pair, (2051, 2049))
         if images[1:] != (28, 28) or images[0] != labels[0]:
             raise UserError(f"{raw}: {part} has images of {images} for {labels} labels")
-        split = dataset(root, train=train)
+        split = dataset(root, train=part == "train")
         if split.targets.max() > 9:
-            raise UserError(f"{files[1]}: has a label above 9")
+            raise UserError(f"{pair[1]}: has a label above 9")
         parts.append((split.data.numpy(), split.targets.numpy()))
-        found += [hashlib.md5(path.read_bytes()).hexdigest() for path in files]
+        found += [hashlib.md5(path.read_bytes()).hexdigest() for path in pair]
     return parts, named(name, [len(x) for x, _ in parts], tuple(found) == OFFICIAL[name])
 
 
@@ -693,11 +722,8 @@ def svhn(root):
             try:
                 torchvision.datasets.SVHN(folder, split=part, download=True)
             except (RuntimeError, OSError):
-                raise UserError(
-                    f"--data-dir {root}: SVHN is not there and cannot be downloaded; put "
-                    f"train_32x32.mat and test_32x32.mat into {folder}, or try --dataset "
-                    "polydigits, which needs no files"
-                ) from None
+                files = f"train_32x32.mat and test_32x32.mat into {folder}"
+                raise absent(root, "SVHN", files) from None
         official &= hashlib.md5(path.read_bytes()).hexdigest() == md5
         try:
             content = scipy.io.loadmat(path)
@@ -750,7 +776,7 @@ Wavy_Hair Wearing_Hat"""
 def celeba_text(args):
     """Faces and the names of their attributes as one text of 256 symbols (Sutter et al. 2021, App.
     E), which begins at a random place, with stars around it."""
-    images, attributes, names, source = celeba(args)
+    images, attributes, names, source = celeba(args, side=148)
     names = [name.replace("_", " ").lower() for name in names]
     symbol = {symbol: i for i, symbol in enumerate(ALPHABET)}
     splits = []
@@ -773,29 +799,25 @@ def celeba_text(args):
 
 def celeba_attr(args):
     """Faces and 18 attributes as one modality (Wu & Goodman 2018)."""
-    images, attributes, names, source = celeba(args)
-    columns = [names.index(name) for name in ATTRIBUTES.split()]
-    splits = [
-        ({"image": x, "attributes": labels[:, columns].astype(np.float32)}, labels)
-        for x, labels in zip(images, attributes, strict=True)
-    ]
-    modalities = [
-        Modality("image", (3, 64, 64), "bernoulli", network="dcgan-64"),
-        Modality("attributes", (len(columns),), "bernoulli", weight=10.0, network="mlp"),
-    ]
-    return from_tensors(*splits, modalities, source)
+    return faces_and(args, {"attributes": ATTRIBUTES.split()})
 
 
 def celeba19(args):
     """Faces and 18 attributes, each a modality (Wu & Goodman 2018, MVAE19)."""
-    images, attributes, names, source = celeba(args)
-    columns = {name.lower(): names.index(name) for name in ATTRIBUTES.split()}
+    return faces_and(args, {name.lower(): [name] for name in ATTRIBUTES.split()})
+
+
+def faces_and(args, groups):
+    """Data of faces and of groups of attributes, {modality: the attributes' names}."""
+    images, attributes, names, source = celeba(args, side=178)
+    columns = {name: [names.index(n) for n in group] for name, group in groups.items()}
     splits = [
-        ({n: labels[:, [i]].astype(np.float32) for n, i in columns.items()} | {"image": x}, labels)
+        ({n: labels[:, i].astype(np.float32) for n, i in columns.items()} | {"image": x}, labels)
         for x, labels in zip(images, attributes, strict=True)
     ]
     modalities = [Modality("image", (3, 64, 64), "bernoulli", network="dcgan-64")]
-    modalities += [Modality(n, (1,), "bernoulli", weight=10.0, network="mlp") for n in columns]
+    for name, group in groups.items():
+        modalities.append(Modality(name, (len(group),), "bernoulli", weight=10.0, network="mlp"))
     return from_tensors(*splits, modalities, source)
 
 
@@ -807,24 +829,22 @@ def lines_of(path):
         raise UserError(f"{path}: is no text") from None
 
 
-def celeba(args):
-    """The training and the test images (N, 3, 64, 64) in uint8, their attributes (N, 40) of 0 and
-    1, the attributes' names, and a word on which files these are. Decoded once, then cached."""
+def celeba(args, side):
+    """The training and the test images (N, 3, 64, 64) in uint8, squares of this side from the
+    middle, their attributes (N, 40) of 0 and 1, the attributes' names, and a word on which files
+    these are. Decoded once, then cached."""
     root = Path(args.data_dir) / "celeba"
     pictures = root / "img_align_celeba"
     tables = [root / "list_attr_celeba.txt", root / "list_eval_partition.txt"]
     for path in (pictures, *tables):
         if not path.exists():
-            raise UserError(
-                f"--data-dir {args.data_dir}: CelebA is not there, and is not downloaded; put "
-                f"{pictures.name}, {tables[0].name} and {tables[1].name} into {root} "
-                f"({path.name} is missing), or try --dataset polydigits, which needs no files"
-            )
+            files = f"{pictures.name}, {tables[0].name} and {tables[1].name} into {root}"
+            raise absent(args.data_dir, "CelebA", f"{files} ({path.name} is missing)")
     rows, parts = ([line.split() for line in lines_of(path) if line.strip()] for path in tables)
     header, rows = (rows[1:2] or [[]])[0], rows[2:]
-    absent = [name for name in ATTRIBUTES.split() if name not in header]
-    if absent or not set("".join(header).lower()) <= set(ALPHABET):
-        among = ", among them " + ", ".join(absent) if absent else ""
+    lacking = [name for name in ATTRIBUTES.split() if name not in header]
+    if lacking or not set("".join(header).lower()) <= set(ALPHABET):
+        among = ", among them " + ", ".join(lacking) if lacking else ""
         raise UserError(f"{tables[0]}: the second line must name attributes, in ASCII{among}")
     for row in rows:
         if len(row) != 1 + len(header) or not set(row[1:]) <= {"1", "-1"}:
@@ -841,7 +861,9 @@ def celeba(args):
         except (UnidentifiedImageError, OSError):
             raise UserError(f"{pictures / name}: is missing or damaged") from None
         if picture.size == (178, 218):
-            picture = picture.crop((15, 35, 163, 183)).resize((64, 64), Image.Resampling.BICUBIC)
+            left, top = (178 - side) // 2, (218 - side) // 2
+            picture = picture.crop((left, top, left + side, top + side))
+            picture = picture.resize((64, 64), Image.Resampling.BICUBIC)
         if picture.size != (64, 64):
             raise UserError(f"{pictures / name}: is {picture.size}, must be 178×218 or 64×64")
         return np.asarray(picture).transpose(2, 0, 1)
@@ -849,8 +871,7 @@ def celeba(args):
     def decode():
         return {"faces": torch.from_numpy(np.stack([face(name) for name, _ in parts]))}
 
-    status = pictures.stat()
-    key = [str(pictures.resolve()), status.st_mtime, len(parts)]
+    key = [side, state_of([*tables, *sorted(pictures.iterdir())])]
     images = cached(args.cache_dir, "celeba", key, decode)["faces"]
     chosen = [np.array([part == p for _, part in parts]) for p in ("0", "2")]
     md5s = {name: md5 for _, md5, name in torchvision.datasets.CelebA.file_list}
@@ -877,11 +898,8 @@ def cub(args):
     tensors = [root / "resnet101_2048" / f"{part}.ft" for part in ("train", "test")]
     for path in (*texts, *tensors):
         if not path.is_file():
-            raise UserError(
-                f"--data-dir {args.data_dir}: CUB is not there, and is not downloaded; put its "
-                f"captions and features into {root} ({path.relative_to(root)} is missing), or try "
-                "--dataset polydigits, which needs no files"
-            )
+            files = f"its captions and features into {root} ({path.relative_to(root)} is missing)"
+            raise absent(args.data_dir, "CUB", files)
     captions, features = [], []
     for text, tensor in zip(texts, tensors, strict=True):
         lines = lines_of(text)
@@ -918,6 +936,11 @@ def tensor_file(args):
     """Data of an .npz file with train/NAME, test/NAME, train/labels and test/labels: uint8 images
     (N, C, H, W) get a Laplace likelihood, floats a Normal, other integers a Categorical."""
     path = Path(args.dataset)
+
+    def require(holds, demand):
+        if not holds:
+            raise UserError(f"--dataset {path}: {demand}")
+
     try:
         with np.load(path) as file:
             arrays = {key: file[key] for key in file.files}
@@ -925,31 +948,36 @@ def tensor_file(args):
         raise UserError(f"--dataset {path}: there is no such file") from None
     except (ValueError, zipfile.BadZipFile, EOFError, zlib.error) as error:
         raise UserError(f"--dataset {path}: is no .npz file of arrays ({error})") from None
+    kinds = {"u": np.int64, "i": np.int64, "f": np.float32}
+    for key, a in arrays.items():
+        require(a.dtype.kind in kinds, f"{key} is {a.dtype}, must be numbers")
+        arrays[key] = a if a.dtype == np.uint8 else a.astype(kinds[a.dtype.kind])
     parts = [
         {key.removeprefix(part): a for key, a in arrays.items() if key.startswith(part)}
         for part in ("train/", "test/")
     ]
-    if not all("labels" in part and len(part) > 1 for part in parts):
-        raise UserError(
-            f"--dataset {path}: must hold train/NAME, test/NAME, train/labels and test/labels, "
-            f"has {', '.join(arrays)}"
-        )
+    demand = "must hold train/NAME and test/NAME of two modalities, train/labels and test/labels"
+    whole = all("labels" in part and len(part) > 2 for part in parts)
+    require(whole, f"{demand}, has {', '.join(arrays)}")
     labels = [part.pop("labels") for part in parts]
-    if any(y.ndim != 1 or y.dtype.kind not in "iu" or min(y, default=0) < 0 for y in labels):
-        raise UserError(f"--dataset {path}: labels must be one whole number a tuple, from 0 on")
+    demand = "labels must be one whole number a tuple, from 0 on"
+    require(all(y.ndim == 1 and y.dtype != np.float32 for y in labels), demand)
+    require(all(y.min(initial=0) >= 0 for y in labels), demand)
     modalities = []
     for name, a in parts[0].items():
-        network = "conv" if a.ndim == 4 else "mlp"
-        kind = dict(likelihood="normal", scale=1.0)
-        if a.dtype == np.uint8:
-            kind = dict(likelihood="laplace")
-        elif a.dtype.kind in "iu":
-            tops = [part[name].max() for part in parts if name in part]
-            kind = dict(likelihood="categorical", categories=max(2, 1 + int(max(tops))))
-            network = "mlp"
-        elif a.dtype.kind != "f":
-            raise UserError(f"--dataset {path}: train/{name} is {a.dtype}, must be numbers")
-        modalities.append(Modality(name, a.shape[1:], network=network, **kind))
+        both = [part[name] for part in parts if name in part]
+        require(len({t.dtype for t in both}) == 1, f"train/{name} and test/{name} differ in type")
+        if a.dtype == np.int64:
+            most = max(int(t.max(initial=1)) for t in both)
+            kind = dict(likelihood="categorical", categories=1 + most, network="mlp")
+        else:
+            require(a.ndim > 1, f"train/{name} is {a.shape}, must have a second dimension")
+            image = a.ndim == 4
+            demand = f"train/{name} is {a.shape}, images must be (N, 1 or 3, height, width)"
+            require(not image or a.shape[1] in (1, 3), demand)
+            kind = dict(scale=1.0, likelihood="normal") if a.dtype == np.float32 else {}
+            kind["network"] = "conv" if image else "mlp"
+        modalities.append(Modality(name, a.shape[1:], **kind))
     return from_tensors(*zip(parts, labels, strict=True), modalities, str(path))
 
 

@@ -198,7 +198,9 @@ def classifiers(train, test, modalities, strips, cache_dir):
         key = [[train.fingerprint(m.name), repr(m)] for m in used]
         key += [repr(net), source, torch.__version__]
         net.load_state_dict(datasets.cached(cache_dir, "classifier", key, build))
-        named[name] = lambda x, net=net, seen=seen: net(seen(x))
+        # Whatever the model's networks run in, a verdict is one in float32.
+        exact = torch.autocast(device.type, enabled=False)
+        named[name] = exact(lambda x, net=net, seen=seen: net(seen(x)))
         with torch.no_grad():
             logits = torch.cat([named[name](x) for _, x in chunks(test)])
         accuracy[name] = agreement(logits, test.labels)
@@ -372,7 +374,10 @@ def evaluate(model, data, args, latent_train=LATENT_TRAIN, samples=IMPORTANCE_SA
 
 
 def class_metrics(model, train, test, strips, cache_dir, latent_train=LATENT_TRAIN):
-    """What asks for the class that a latent or a generated modality shows, as a flat dict."""
+    """What asks for the class that a latent or a generated modality shows, as a flat dict; empty
+    where all labels are the same."""
+    if (train.labels == train.labels[0]).all():
+        return {}
     with torch.enable_grad(), torch.autocast(train.labels.device.type, enabled=False):
         named, accuracy = classifiers(train, test, model.modalities, strips, cache_dir)
     results = {f"classifier_accuracy/{name}": value for name, value in accuracy.items()}
@@ -395,14 +400,14 @@ def class_metrics(model, train, test, strips, cache_dir, latent_train=LATENT_TRA
 
 def symbol_metrics(model, test, seed=0):
     """How often a label, a text or attributes, generated from a sample of the posterior given other
-    modalities, are the tuple's own: as a whole, and symbol by symbol but padding; a flat dict (Wu &
-    Goodman 2018, supplement, Tables 4 and 5)."""
+    modalities, are the tuple's own: as a whole, and of the symbols but for blanks; a flat dict (Wu
+    & Goodman 2018, supplement, Tables 4 and 5)."""
 
     def symbolic(m):
         return m.likelihood == "categorical" or (m.likelihood == "bernoulli" and len(m.shape) == 1)
 
     kinds = [m for m in model.modalities if symbolic(m)]
-    results = defaultdict(float)
+    results, symbols = defaultdict(float), defaultdict(int)
     for subset in subsets_of(model.modalities):
         targets = [m for m in kinds if m.name not in subset]
         torch.manual_seed(seed)
@@ -417,8 +422,12 @@ def symbol_metrics(model, test, seed=0):
                 whole = (right | ~counts).all(1).sum().item()
                 results[f"exact_match/{key}"] += whole / len(test)
                 if m.shape:
-                    share = (right & counts).sum(1) / counts.sum(1).clamp(min=1)
-                    results[f"symbol_accuracy/{key}"] += share.sum().item() / len(test)
+                    for symbol in set(m.alphabet) & set(" *"):
+                        counts &= truth != m.alphabet.index(symbol)
+                    symbols[key] += counts.sum().item()
+                    results[f"symbol_accuracy/{key}"] += (right & counts).sum().item()
+    for key, number_of in symbols.items():
+        results[f"symbol_accuracy/{key}"] /= max(number_of, 1)
     return results
 
 
@@ -475,7 +484,8 @@ def watch(writer, model, data, args, epoch):
     rng = np.random.default_rng(0)
     rows = torch.from_numpy(rng.permutation(len(data.train))[:WATCHED])
     index = {name: i[rows] for name, i in data.train.index.items()}
-    part = dataclasses.replace(data.train, labels=data.train.labels[rows], index=index)
+    labels = data.train.labels[rows]
+    part = dataclasses.replace(data.train, labels=labels, index=index, observed=None)
     for name, value in evaluate(model, dataclasses.replace(data, test=part), args).items():
         writer.add_scalar(f"train/{name}", value, epoch)
     model.train()
@@ -507,15 +517,17 @@ def draw_row(axis, modality, x, title):
             axis.text(i + 0.5, 0.5, text, ha="center", va="center", fontsize=size, parse_math=False)
 
 
-def draw_grid(path, rows, title):
-    """A PNG of labelled rows (modality, x (n, *shape), label)."""
-    n = len(rows[0][1])
-    figure, axes = plt.subplots(len(rows), 1, figsize=(0.7 * n + 1.6, 0.7 * len(rows) + 0.6))
-    for axis, (modality, x, label) in zip(axes, rows, strict=True):
-        draw_row(axis, modality, x, label)
-    figure.suptitle(title)
-    figure.tight_layout(h_pad=0.05)
-    figure.savefig(path, dpi=100)
+def draw_grid(path, columns, scale=0.7):
+    """A PNG of columns {title: rows}, whose rows (modality, x (n, *shape), label) are alike."""
+    first = next(iter(columns.values()))
+    size = scale * len(first[0][1]) * len(columns) + 1.2, scale * len(first) + 0.5
+    figure, axes = plt.subplots(len(first), len(columns), figsize=size, squeeze=False)
+    for i, (title, rows) in enumerate(columns.items()):
+        axes[0, i].set_title(title)
+        for axis, (modality, x, label) in zip(axes[:, i], rows, strict=True):
+            draw_row(axis, modality, x, "" if i else label)
+    figure.tight_layout(h_pad=0.05, w_pad=0.3)
+    figure.savefig(path, dpi=100, format="png")
     plt.close(figure)
 
 
@@ -546,16 +558,15 @@ def draw_samples(folder, model, data, n=12, seed=0):
     made, grid = generate(model, x, list(x)), []
     for m in modalities:
         grid += [(m, x[m.name], m.name), (m, made[m.name], "→ " + m.name)]
-    draw_grid(folder / "reconstructions.png", grid, "given all: input and reconstruction")
+    draw_grid(folder / "reconstructions.png", {"given all: input and reconstruction": grid})
     for given in modalities:
         made = generate(model, x, [given.name])
         grid = [(given, x[given.name], given.name)]
         grid += [(m, made[m.name], "→ " + m.name) for m in modalities]
-        draw_grid(folder / f"from_{given.name}.png", grid, f"given {given.name} alone")
+        draw_grid(folder / f"from_{given.name}.png", {f"given {given.name} alone": grid})
     made = {name: generated(p) for name, p in model.decode(model.prior().sample((n,))).items()}
-    draw_grid(
-        folder / "joint.png", [(m, made[m.name], m.name) for m in modalities], "from the prior"
-    )
+    grid = [(m, made[m.name], m.name) for m in modalities]
+    draw_grid(folder / "joint.png", {"from the prior": grid})
 
 
 @torch.no_grad()
@@ -600,7 +611,7 @@ def draw_latents(folder, model, test, seed=0):
             made = model.decode(z)
             grid += [(m, generated(made[m.name]), f"z{d}, {m.name}") for m in model.modalities]
         title = f"given {name}, a dimension from -5 to 5 standard deviations"
-        draw_grid(folder / f"traverse_{name}.png", grid, title)
+        draw_grid(folder / f"traverse_{name}.png", {title: grid})
 
 
 def factors_of(q):
@@ -618,24 +629,13 @@ def draw_side_by_side(path, models, data, given, n=8, seed=0):
     examples of the modality `given`, and every modality generated from it."""
     modalities = next(iter(models.values())).modalities
     x, _ = examples(data.test, n, seed)
-    (shown,) = (m for m in modalities if m.name == given)
-    figure, axes = plt.subplots(
-        1 + len(modalities),
-        len(models),
-        figsize=(0.36 * n * len(models) + 0.8, 0.36 * (1 + len(modalities)) + 0.4),
-        squeeze=False,
-    )
-    for column, (title, model) in enumerate(models.items()):
+    columns = {}
+    for title, model in models.items():
         torch.manual_seed(seed)
         made = generate(model, x, [given])
-        rows = [(shown, x[given], given)]
-        rows += [(m, made[m.name], "→ " + m.name) for m in modalities]
-        for axis, (m, t, label) in zip(axes[:, column], rows, strict=True):
-            draw_row(axis, m, t, label if column == 0 else "")
-        axes[0, column].set_title(title)
-    figure.tight_layout(h_pad=0.05, w_pad=0.3)
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+        columns[title] = [(m, x[given], given) for m in modalities if m.name == given]
+        columns[title] += [(m, made[m.name], "→ " + m.name) for m in modalities]
+    draw_grid(path, columns, scale=0.36)
 
 
 # ------------------------------------------------------------------------- tables and figures
@@ -698,17 +698,19 @@ def numbers(results):
     return shown
 
 
+def settings_of(results):
+    """What makes two runs of a script two seeds of one setting: all options, and the protocol."""
+    protocol = "epochs", "latent_train", "importance_samples"
+    return results["options"] | {name: results.get(name) for name in protocol}
+
+
 def groups(runs, apart=()):
     """{label: the results of runs of equal settings}, the label being the script and those of its
     settings, but for the options `apart`, in which its runs differ."""
     by_label = defaultdict(list)
     for results in runs:
-        settings = [
-            other["options"] | {"epochs": other["epochs"]}
-            for other in runs
-            if other["script"] == results["script"]
-        ]
-        own = results["options"] | {"epochs": results["epochs"]}
+        settings = [settings_of(other) for other in runs if other["script"] == results["script"]]
+        own = settings_of(results)
         differ = {k for k in own if any(other.get(k) != own[k] for other in settings)}
         label = [f"{results['script']}.py"]
         for k in sorted(k for k in differ.difference(apart) if own[k] is not False):
@@ -724,6 +726,8 @@ def statistics(runs):
     for label, members in groups(runs).items():
         shown = [numbers(results) for results in members]
         for metric, columns in shown[0].items():
+            if not all(columns.keys() == n.get(metric, {}).keys() for n in shown):
+                continue  # not in all of the members
             values = {column: [n[metric][column] for n in shown] for column in columns}
             found[metric][label] = {
                 column: (float(np.mean(v)), float(np.std(v, ddof=1)) if len(v) > 1 else None)
@@ -760,10 +764,14 @@ def comparison(runs, markdown=False):
         else:
             lines += ["  ".join(map(str.ljust, row, widths)).rstrip() for row in cells]
         lines.append("")
-    verdicts = [row for rows in found[CLASSIFIERS].values() for row in rows.items()]
-    if doubtful := sorted({name for name, (mean, _) in verdicts if mean < TRUSTED}):
-        names = ", ".join(doubtful)
-        lines.append(f"Below {TRUSTED} % a classifier's errors bound the coherence: {names}.\n")
+    verdicts = defaultdict(set)
+    for results in runs:
+        for name, accuracy in numbers(results).get(CLASSIFIERS, {}).items():
+            verdicts[name].add(accuracy)
+    if doubtful := ", ".join(n for n, found in sorted(verdicts.items()) if min(found) < TRUSTED):
+        lines.append(f"Below {TRUSTED} % a classifier's errors bound the coherence: {doubtful}.\n")
+    if any(len(found) > 1 for found in verdicts.values()):
+        lines.append("The runs' coherences are by classifiers that differ.\n")
     return "\n".join(lines)
 
 
@@ -836,7 +844,7 @@ def draw_curves(path, runs, against):
         axis.grid(alpha=0.3)
     labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(*labels, loc="outside lower center", ncols=width + 1)
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=100, format="png")
     plt.close(figure)
 
 
@@ -899,42 +907,29 @@ def main(argv=None):
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    p.add_argument(
-        "runs",
-        metavar="RUN",
-        nargs="+",
-        help="folder of a run, or its results.json to be read only",
-    )
-    p.add_argument("--markdown", action="store_true", help="tables of several runs in Markdown")
-    p.add_argument("--json", action="store_true", help="the same as JSON")
-    p.add_argument("--figure", metavar="FILE", help="draw the runs' metrics as a PNG")
+    add = p.add_argument
+    about = "folder of a run, or its results.json to be read only"
+    add("runs", metavar="RUN", nargs="+", help=about)
+    add("--markdown", action="store_true", help="tables of several runs in Markdown")
+    add("--json", action="store_true", help="the same as JSON")
+    add("--figure", metavar="FILE", help="draw the runs' metrics as a PNG")
+    against = ["inputs", "supervision", "keep", "beta"]
     about = "what --figure has below: the number of inputs, an option, or, for beta, log p(X)"
-    p.add_argument(
-        "--against", choices=["inputs", "supervision", "keep", "beta"], default="inputs", help=about
-    )
-    p.add_argument(
-        "--latent-train",
-        metavar="N",
-        type=lambda text: sys.maxsize if text == "all" else number(int, 10)(text),
-        default=LATENT_TRAIN,
-        help="training tuples the latents' classifier learns from, or all (default: %(default)s)",
-    )
-    p.add_argument(
-        "--importance-samples",
-        metavar="K",
-        type=number(int, 1),
-        default=IMPORTANCE_SAMPLES,
-        help="samples of each log-likelihood (default: %(default)s)",
-    )
-    p.add_argument("--data-dir", metavar="DIR", help="folder of the data (default: the run's)")
-    p.add_argument("--cache-dir", metavar="DIR", help="folder of the cache (default: the run's)")
-    p.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to run")
-    p.add_argument(
-        "--side-by-side",
-        metavar="FILE",
-        help="do not evaluate, draw what the runs, all of one data set, generate from --given",
-    )
-    p.add_argument("--given", metavar="NAME", help="modality (default: the first)")
+    add("--against", choices=against, default="inputs", help=about)
+
+    def tuples(text):
+        return sys.maxsize if text == "all" else number(int, 10)(text)
+
+    about = "training tuples the latents' classifier learns from, or all (default: %(default)s)"
+    add("--latent-train", metavar="N", type=tuples, default=LATENT_TRAIN, help=about)
+    count, about = number(int, 1), "samples of each log-likelihood (default: %(default)s)"
+    add("--importance-samples", metavar="K", type=count, default=IMPORTANCE_SAMPLES, help=about)
+    add("--data-dir", metavar="DIR", help="folder of the data (default: the run's)")
+    add("--cache-dir", metavar="DIR", help="folder of the cache (default: the run's)")
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to run")
+    about = "do not evaluate, draw what the runs, all of one data set, generate from --given"
+    add("--side-by-side", metavar="FILE", help=about)
+    add("--given", metavar="NAME", help="modality (default: the first)")
     p.error = fail
     options = p.parse_args(argv)
     keep_memory()

@@ -19,8 +19,8 @@ With w_m^k = p(z_m^k, x) / q(z_m^k|x) and z_m^k ~ q_m, k = 1 … K, `--objective
                   since samples come from q_m while the density in w is the mixture's
     dreg-tight    the same for iwae-tight
     dreg-mixture  iwae with the unbiased gradient derived in `doubly_reparametrised`
-    elbo-is       elbo with component KLs, M decodings in place of M²; its variance is finite only
-                  while the experts' scales differ by less than about √2 (supplement, App. B)
+    elbo-is       elbo with component KLs, M decodings in place of M² (supplement, App. B); its
+                  variance is finite only while no expert's scale is √2 times another's, Laplace 2
 The value is always the bound itself, whatever the gradient; as K grows only iwae-tight rises to
 log p(x), iwae to 1/M Σ_m log E_q_m[w], which is less.
 """
@@ -40,13 +40,13 @@ from common import UserError, bounded, decoder, encoder, hide, likelihood, log_m
 
 # As the papers compare it (Sutter et al. 2021, App. B.1): Gaussians and no importance samples.
 COMPARED = dict(distribution="normal", scales="free", objective="elbo", K=1)
-# As in its own paper: Laplace, scales that sum to D, DReG on the looser bound.
-SHI = dict(distribution="laplace", scales="sum", objective="dreg", K=30, learn_prior=True)
+# As in its own paper: Laplace, scales that sum to D, DReG on the looser bound, AMSGrad.
+SHI = dict(distribution="laplace", scales="sum", learn_prior=True, objective="dreg", amsgrad=True)
 DEFAULTS = datasets.settings(
     dict.fromkeys(datasets.SETTINGS, COMPARED)
     | {
-        "mnist-svhn": dict(epochs=30, batch_size=128, beta=1.0, amsgrad=True, **SHI),
-        "cub": SHI | dict(distribution="normal", K=50),
+        "mnist-svhn": SHI | dict(epochs=30, batch_size=128, beta=1.0, K=30),
+        "cub": SHI | dict(distribution="normal", scales="free", K=50),  # as in the released code
         # Sutter et al. 2021, App. E.2.
         "celeba-text": COMPARED | dict(latent_dim=32, private_dim=32),
     }
@@ -64,11 +64,18 @@ def arguments(argv):
     about = "elbo: the mixture's KL by sampling, or the mean of the experts' in closed form"
     add("--kl", choices=["mixture", "components"], default="mixture", help=about)
     add("--distribution", choices=["laplace", "normal"], default="laplace", help="prior, experts")
-    about = "scales that sum to their number by a softmax, or exp of half a log-variance"
+    about = "scales that sum to their number by a softmax, or exp of half the network's output"
     add("--scales", choices=["sum", "free"], default="sum", help=about)
     add("--learn-prior", action="store_true", help="learn the prior's scales, which sum to D")
     add("--amsgrad", action="store_true", help="Adam with AMSGrad, as in the paper")
-    return common.parse(p, argv, DEFAULTS)
+    args = common.parse(p, argv, DEFAULTS)
+    if args.objective.startswith("dreg") and torch.__version__ < (2, 13):
+        if args.compile is True:
+            raise UserError(
+                "--compile: before PyTorch 2.13 it loses the gradient of --objective dreg"
+            )
+        args.compile = False
+    return args
 
 
 # -------------------------------------------------------------------------------------- model
@@ -98,7 +105,7 @@ class MMVAE(nn.Module):
             raise UserError(f"--kl components: belongs to --objective elbo, not {objective}")
         self.modalities = modalities
         self.latent_dim, self.private_dim = latent_dim, private_dim
-        self.beta, self.name, self.K, self.kl = beta, objective, K, kl
+        self.beta, self.objective_name, self.K, self.kl = beta, objective, K, kl
         self.distribution = {"laplace": Laplace, "normal": Normal}[distribution]
         self.scales = scales
         D = latent_dim + private_dim
@@ -166,11 +173,12 @@ class MMVAE(nn.Module):
         loc, scale = self.experts(x, observed)  # (M, B, D)
         seen = torch.ones_like(loc[..., 0]) if observed is None else observed.T.to(loc)
         pi = seen / seen.sum(0)  # (M, B), the mixture's weights
-        if self.name == "elbo-is":
+        if self.objective_name == "elbo-is":
             return self.importance_sampled_elbo(x, loc, scale, seen, pi)
         z = self.independent(loc, scale).rsample((self.K,))  # (K, M, B, D)
-        doubly, tight = self.name.startswith("dreg"), self.name.endswith("tight")
-        held = (loc.detach(), scale.detach()) if doubly else (loc, scale)
+        doubly = self.objective_name.startswith("dreg")
+        tight = self.objective_name.endswith("tight")
+        held = (loc.detach(), scale.detach()) if doubly else (loc, scale)  # q's parameters in log w
 
         # log w = Σ_i λ_i log p(x_i|z) + β (log p(z) - log q(z|x)), (K, M, B)
         at = z.view_as(z)  # the same samples; DReG weighs the gradient that comes through here
@@ -184,7 +192,7 @@ class MMVAE(nn.Module):
             kl = kl_divergence(self.independent(loc, scale), self.prior()).expand_as(kl)
         log_w = sum(m.weight * log_p[m.name] for m in self.modalities) - self.beta * kl
 
-        if self.name == "elbo":
+        if self.objective_name == "elbo":
             value = mixed(log_w, pi)  # Eq. (1)
         elif tight:
             value = torch.logsumexp(pi.log() + log_w, (0, 1)) - math.log(self.K)  # Eq. (5)
@@ -215,12 +223,12 @@ class MMVAE(nn.Module):
             w = torch.softmax(log_w.detach(), 0)
         weight = w if tight else pi * w
         gradient, share = weight * log_w, torch.ones_like(w)
-        if self.name == "dreg-mixture":
+        if self.objective_name == "dreg-mixture":
             log_q = self.log_experts(loc.detach(), scale.detach(), z)
             r = torch.softmax(pi.log()[:, None, None] + log_q, 0)
             own = torch.einsum("mkmb->kmb", r)
             share = own.detach()
-            others = r.detach() * (1 - torch.eye(len(r)).to(r))[:, None, :, None]
+            others = r.detach() * (1 - torch.eye(len(r), device=r.device))[:, None, :, None]
             score = (others * self.log_experts(loc, scale, z.detach())).sum(0)
             gradient = gradient - self.beta * weight * (own + score)
         if at.requires_grad:
@@ -238,14 +246,14 @@ class MMVAE(nn.Module):
         log_q = self.log_experts(loc, scale, z.detach())  # (N, K, M, B)
         own = torch.einsum("mkmb->kmb", log_q).detach()
         both = seen[:, None, None] * seen  # (N, 1, M, B)
-        other = both * (1 - torch.eye(len(loc)).to(loc))[:, None, :, None] > 0
+        other = both * (1 - torch.eye(len(loc), device=loc.device))[:, None, :, None] > 0
         ratio = torch.exp(torch.where(other, log_q - own, 0))
         share = (pi[:, None, None] * ratio).sum(0)  # Σ_i π_i q_i(z_j) / q_j(z_j)
         log_p, reconstruction = {}, 0.0
         for j, m in enumerate(self.modalities):
             z_j = z[:, j]
             if z_j.requires_grad:
-                along = (pi[j] / share[:, j].detach().clamp(min=1e-30))[..., None]
+                along = (pi[j] / share[:, j].detach())[..., None]
                 z_j.register_hook(lambda g, along=along: g * along)
             p = self.decode(z_j, [m.name])[m.name]
             log_p[m.name] = (seen[j] * share[:, j] * p.log_prob(x[m.name])).mean(0)
@@ -291,8 +299,8 @@ def main(argv=None):
     options = "latent_dim private_dim beta objective K kl distribution scales learn_prior"
     config = {name: getattr(args, name) for name in options.split()}
     model = MMVAE(data.modalities, **config).to(device)
-    settings = dict(lr=args.lr, amsgrad=args.amsgrad, fused=True, capturable=device.type == "cuda")
-    optimizer = torch.optim.Adam(model.parameters(), **settings)
+    settings = dict(lr=args.lr, fused=True, capturable=common.captures(args, device, world))
+    optimizer = torch.optim.Adam(model.parameters(), amsgrad=args.amsgrad, **settings)
     fast_model = common.accelerate(model, args, device, world)
     batch_size = args.batch_size // world
 

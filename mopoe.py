@@ -1,7 +1,8 @@
 """MoPoE-VAE: Sutter, Daunhawer and Vogt, "Generalized Multimodal ELBO", ICLR 2021.
 
 The posterior is a mixture over all 2^M - 1 non-empty subsets of the modalities, each component the
-product of the Gaussian experts in the subset (Definition 1); the objective is its ELBO, Eq. (6).
+product of the Gaussian experts in the subset (Definition 1); the objective is its ELBO, Eq. (6),
+by default with an upper bound of the KL.
 
     python mopoe.py                                    polydigits, two minutes on two CPU cores
     python mopoe.py --dataset polymnist --beta 2.5     the paper's PolyMNIST setting
@@ -10,10 +11,10 @@ product of the Gaussian experts in the subset (Definition 1); the objective is i
 Expected on polydigits: coherence of the modalities not given, given 1, 2, 3, 4: 76, 87, 90, 91 %;
 joint coherence 29 %; latent accuracy given all 99 %.
 
-What the released code optimises is Eq. (5): the mean of the component KLs is an upper bound of the
-mixture's KL, and with it Eq. (6) is the mean of the subsets' ELBOs. `--expectation all` computes
-that mean, the default samples it with one subset an example; `--kl mixture` is Lemma 3's tighter
-bound. `--subsets singletons` is the MoE objective, Eq. (9), `--subsets full` the PoE's, Eq. (7).
+That bound, which the released code has too, is the mean of the components' KLs. With it Eq. (6) is
+Eq. (5), the mean of the subsets' ELBOs: `--expectation all` computes that mean, the default samples
+it with one subset an example. `--kl mixture` is Lemma 3's tighter bound of log p(X), and with it
+`--subsets singletons` the MoE objective, Eq. (9); `--subsets full` is the PoE's, Eq. (7).
 """
 
 import time
@@ -155,7 +156,7 @@ class MoPoE(nn.Module):
             if self.subsets == "full":
                 masks = observed.T[None]  # the largest observed subset, example by example
             else:
-                available = (masks[:, None] <= observed).all(-1).to(mu)
+                available = (masks[:, None] <= observed).all(-1).to(mu)  # S within the observed
         mu, logvar = self.product(mu, logvar, masks)
         return mu, logvar, available / available.sum(0)
 
@@ -228,7 +229,7 @@ def main(argv=None):
     options = "latent_dim private_dim beta subsets expectation kl prior_expert"
     config = {name: getattr(args, name) for name in options.split()}
     model = MoPoE(data.modalities, **config).to(device)
-    settings = dict(lr=args.lr, fused=True, capturable=device.type == "cuda")
+    settings = dict(lr=args.lr, fused=True, capturable=common.captures(args, device, world))
     optimizer = torch.optim.Adam(model.parameters(), **settings)
     fast_model = common.accelerate(model, args, device, world)
     batch_size = args.batch_size // world

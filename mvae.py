@@ -202,7 +202,7 @@ class MVAE(nn.Module):
         whole, single = tuple(range(M)), [(i,) for i in range(M)]
         drawn = [random_subset(M) for _ in range(self.random_subsets)]
         elbos, kl, sizes, log_p = self.elbos(x, [whole, *single, *drawn], observed)
-        # Each subset counts once: what an example has of one may be what it has of another.
+        # What an example has of a subset may be the whole or one modality, which count already.
         counts = sizes < sizes[0]
         counts[0] = True
         counts[1 + M :] &= sizes[1 + M :] > 1
@@ -238,7 +238,7 @@ def main(argv=None):
     options = "latent_dim private_dim beta random_subsets product"
     config = {name: getattr(args, name) for name in options.split()}
     model = MVAE(data.modalities, **config).to(device)
-    settings = dict(lr=args.lr, fused=True, capturable=device.type == "cuda")
+    settings = dict(lr=args.lr, fused=True, capturable=common.captures(args, device, world))
     optimizer = torch.optim.Adam(model.parameters(), **settings)
     fast_model = common.accelerate(model, args, device, world)
     batch_size = args.batch_size // world

@@ -29,9 +29,9 @@ the whole has one; that one filler stands in for all missing experts when M > 3 
 reading. Every S with |S| >= 2 adds E_q(z|x_S)[Σ_{i in S} log p(x_i|z)] - Σ_{i in S} KL(q(z|x_S) ||
 q(z|x_S without x_i)), and all but the whole also - KL(q(z|x_S) || p(z)), each summed over the forms
 of the posteriors in it. That reads (D.29) without its KL to the absent modality's posterior, and
-(D.31) as a sum over unordered pairs. Five modalities are 225 decodings a tuple. `--expectation
-stratified` gives each complete tuple the terms of one S between one and all modalities, as often as
-there are such S: the same in expectation, at 23 decodings.
+(D.31) as a sum over unordered pairs. With five modalities that is 220 decodings of a complete
+tuple. `--expectation stratified` gives it the terms of one S between one and all modalities, as
+often as there are such S: the same in expectation, at 18 decodings.
 """
 
 import itertools
@@ -93,7 +93,7 @@ class SVAE(nn.Module):
             cost = f"{M * 2 ** (M - 1) - M + 1} posteriors and {M**2} encoders"
             raise UserError(f"{M} modalities: {cost}; svae.py takes at most {MOST_MODALITIES}")
         self.modalities, self.latent_dim = modalities, latent_dim
-        self.beta, self.name, self.expectation = beta, objective, expectation
+        self.beta, self.objective_name, self.expectation = beta, objective, expectation
         # e_k^f is encoders[f][k].
         self.encoders = nn.ModuleList(
             nn.ModuleList(encoder(m, 2 * latent_dim) for _ in modalities) for m in modalities
@@ -145,7 +145,7 @@ class SVAE(nn.Module):
         of the modalities in x, which are all or one."""
         if len(x) < len(self.modalities):
             (name,) = x
-            mu, logvar = product_of_gaussians(*self.experts(x, self.forms[name,][0]))
+            mu, logvar = product_of_gaussians(*self.experts(x, self.forms[(name,)][0]))
             return {(name,): (mu[None], logvar[None])}
         products = product_of_gaussians(*self.experts(x, self.experts_of_all), self.masks)
         sizes = [len(forms) for forms in self.forms.values()]
@@ -172,7 +172,7 @@ class SVAE(nn.Module):
         B, device = len(x[names[0]]), self.zeros.device
         rows, times = self.shares(q, B, complete=observed is None)
         # Whether there is an example that has terms of its single modalities.
-        single = self.name == "svae" or len(x) == 1 or observed is not None
+        single = self.objective_name == "svae" or len(x) == 1 or observed is not None
         subsets = [S for S in q if len(S) > 1 or single]
         z, log_p = {}, {}
         for S in subsets:
@@ -198,18 +198,18 @@ class SVAE(nn.Module):
             to_prior = gaussian_kl(*q_S).sum((0, 1))
             if len(S) == 1:
                 kl = to_prior  # (D.30)
-                counts = counts & ((n == 1) | (self.name == "svae"))
+                counts = counts & ((n == 1) | (self.objective_name == "svae"))
             else:
                 kl = torch.where(n[rows[S]] > len(S), to_prior, 0)  # (D.29), not in (D.28)
                 for name in S:
                     rest = tuple(other for other in S if other != name)
                     kl = kl + gaussian_kl(*q_S, *(t[:, rows[S]] for t in q[rest])).sum((0, 1))
             weighted = [m.weight * log_p[S, m.name].sum(0) for m in self.modalities if m.name in S]
-            counts = times[S] * counts[rows[S]]
-            value[rows[S]] += counts * (sum(weighted) - self.beta * kl)
-            total_kl[rows[S]] += counts * kl
+            weight = times[S] * counts[rows[S]]
+            value[rows[S]] += weight * (sum(weighted) - self.beta * kl)
+            total_kl[rows[S]] += weight * kl
             for name in S:
-                log_px[name][rows[S]] += counts * (n[rows[S]] == len(S)) * log_p[S, name].mean(0)
+                log_px[name][rows[S]] += weight * (n[rows[S]] == len(S)) * log_p[S, name].mean(0)
         return value, total_kl, log_px
 
     def objective(self, x, observed=None, streams=False):
@@ -250,10 +250,13 @@ def main(argv=None):
     options = "latent_dim beta objective expectation"
     config = {name: getattr(args, name) for name in options.split()}
     model = SVAE(data.modalities, **config).to(device)
-    settings = dict(lr=args.lr, fused=True, capturable=device.type == "cuda")
+    settings = dict(lr=args.lr, fused=True, capturable=common.captures(args, device, world))
     optimizer = torch.optim.Adam(model.parameters(), **settings)
     fast_model = common.accelerate(model, args, device, world)
     batch_size = args.batch_size // world
+    between = 2 ** len(data.modalities) - len(data.modalities) - 2
+    if args.expectation == "stratified" and args.batch_size < between * world:
+        raise UserError(f"--batch-size {args.batch_size}: stratified terms need {between * world}")
 
     def update(rows):
         x, observed = train.batch(rows)

@@ -21,9 +21,9 @@ each modality alone. With two modalities `--objective` is one of
 With more modalities, Eq. (D.28) - (D.31), every subset S of a complete tuple with |S| >= 2 adds
 E_q(z|x_S)[Σ_{i in S} log p(x_i|z)] - Σ_{i in S} KL(q(z|x_S) || q(z|x_S without x_i)), and all but
 the whole also - KL(q(z|x_S) || p(z)). That reads (D.29) without its KL to the absent modality's
-posterior, and (D.31) as a sum over unordered pairs. Five modalities are 80 decodings a tuple.
-`--expectation stratified` gives each complete tuple the terms of one S between one and all
-modalities, as often as there are such S: the same in expectation, at 13 decodings.
+posterior, and (D.31) as a sum over unordered pairs. With five modalities that is 75 decodings of a
+complete tuple. `--expectation stratified` gives it the terms of one S between one and all
+modalities, as often as there are such S: the same in expectation, at 8 decodings.
 """
 
 import itertools
@@ -50,9 +50,8 @@ from common import (
 
 DEFAULTS = datasets.settings(
     {
-        # Each of the many posteriors is held to those of the smaller sets and to the prior. With
-        # the 26 joint networks log p(m0|z) was -498 after three such epochs, with products -451 at
-        # the end.
+        # With the 26 joint networks log p(m0|z) was -498 after three such epochs, with products
+        # -451 at the end.
         "polydigits": dict(epochs=10, batch_size=16, lr=1e-3, beta=0.5, joint="poe"),
         # App. F.
         "cub": dict(epochs=200, lr=1e-4),
@@ -99,7 +98,7 @@ class VAEVAE(nn.Module):
             raise UserError(f"{M} modalities: {cost}; vaevae.py takes at most {MOST_MODALITIES}")
         self.modalities, self.latent_dim = modalities, latent_dim
         self.beta, self.joint = beta, joint
-        self.name, self.expectation = objective, expectation
+        self.objective_name, self.expectation = objective, expectation
         self.encoders = nn.ModuleList(encoder(m, 2 * latent_dim) for m in modalities)
         self.decoders = nn.ModuleList(decoder(m, latent_dim) for m in modalities)
         self.larger = [S for n in range(2, M + 1) for S in itertools.combinations(names, n)]
@@ -172,7 +171,7 @@ class VAEVAE(nn.Module):
         B, device = len(x[names[0]]), self.zeros.device
         rows, times = self.shares(q, B, complete=observed is None)
         # Whether there is an example that has terms of its single modalities.
-        single = self.name == "svae" or len(x) == 1 or observed is not None
+        single = self.objective_name == "svae" or len(x) == 1 or observed is not None
         subsets = [S for S in q if len(S) > 1 or single]
         z, log_p = {}, {}
         for S in subsets:
@@ -197,18 +196,18 @@ class VAEVAE(nn.Module):
             to_prior = gaussian_kl(*q_S)
             if len(S) == 1:
                 kl = to_prior  # (D.30)
-                counts = counts & ((n == 1) | (self.name == "svae"))
+                counts = counts & ((n == 1) | (self.objective_name == "svae"))
             else:
                 kl = torch.where(n[rows[S]] > len(S), to_prior, 0)  # (D.29), not in (D.28)
                 for name in S:
                     rest = tuple(other for other in S if other != name)
                     kl = kl + gaussian_kl(*q_S, *(t[rows[S]] for t in q[rest]))
             weighted = [m.weight * log_p[S, m.name] for m in self.modalities if m.name in S]
-            counts = times[S] * counts[rows[S]]
-            value[rows[S]] += counts * (sum(weighted) - self.beta * kl)
-            total_kl[rows[S]] += counts * kl
+            weight = times[S] * counts[rows[S]]
+            value[rows[S]] += weight * (sum(weighted) - self.beta * kl)
+            total_kl[rows[S]] += weight * kl
             for name in S:
-                log_px[name][rows[S]] += counts * (n[rows[S]] == len(S)) * log_p[S, name]
+                log_px[name][rows[S]] += weight * (n[rows[S]] == len(S)) * log_p[S, name]
         return value, total_kl, log_px
 
     def objective(self, x, observed=None, streams=False):
@@ -238,7 +237,7 @@ class VAEVAE(nn.Module):
 
 class JointEncoder(nn.Module):
     """q(z|x_S) of a subset, with encoders of its own: their features side by side, a layer, and the
-    parameters (App. F)."""
+    parameters (App. F, with one layer more, as in the released code)."""
 
     def __init__(self, modalities, out_dim, hidden=512):
         super().__init__()
@@ -265,10 +264,13 @@ def main(argv=None):
     options = "latent_dim beta joint objective expectation"
     config = {name: getattr(args, name) for name in options.split()}
     model = VAEVAE(data.modalities, **config).to(device)
-    settings = dict(lr=args.lr, fused=True, capturable=device.type == "cuda")
+    settings = dict(lr=args.lr, fused=True, capturable=common.captures(args, device, world))
     optimizer = torch.optim.Adam(model.parameters(), **settings)
     fast_model = common.accelerate(model, args, device, world)
     batch_size = args.batch_size // world
+    between = 2 ** len(data.modalities) - len(data.modalities) - 2
+    if args.expectation == "stratified" and args.batch_size < between * world:
+        raise UserError(f"--batch-size {args.batch_size}: stratified terms need {between * world}")
 
     def update(rows):
         x, observed = train.batch(rows)

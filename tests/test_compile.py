@@ -8,10 +8,11 @@ import types
 import pytest
 import tiny
 import torch
-from exact import five
+from exact import MASKS, five, modalities
 
 import common
 import mmvae
+from common import Modality
 from mmvae import MMVAE
 from mopoe import MoPoE
 from mvae import MVAE
@@ -32,25 +33,87 @@ KINDS = {
 }
 
 
+def step_of(model, call, *inputs, **streams):
+    """The value, the terms and the gradients of one step, always with the same noise."""
+    torch.manual_seed(1)
+    model.zero_grad()
+    value, terms = call(*inputs, **streams)
+    value.sum().backward()
+    return [value, *terms.values(), *(p.grad for p in model.parameters())]
+
+
+def assert_equal(one, other, tolerance=1e-10):
+    for plain, compiled in zip(one, other, strict=True):
+        assert (plain is None) == (compiled is None)
+        if plain is not None:
+            torch.testing.assert_close(plain, compiled, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_compiled_is_as_uncompiled(float64, kind):
+def test_compiled_is_as_uncompiled(float64, kind, masked):
     """Through Dynamo and AOTAutograd, without the code generator, so that the noise is the same."""
     make, options, streams = KINDS[kind]
     mods, x = five()
     mods = mods[:3]
-    x = {m.name: x[m.name][torch.arange(24) % 6] for m in mods}
-    model, found = make(mods, 3, beta=1.3, **options), []
+    x, observed = {m.name: x[m.name][torch.arange(24) % 6] for m in mods}, None
+    if masked:
+        observed, streams = torch.tensor(MASKS)[:, :3][torch.arange(24) % 7 * 4 + 3], {}
+        for i, m in enumerate(mods):
+            if x[m.name].is_floating_point():
+                x[m.name][~observed[:, i]] = torch.nan
+    model = make(mods, 3, beta=1.3, **options)
     torch._dynamo.reset()
-    for call in (model, torch.compile(model, backend="aot_eager")):
-        torch.manual_seed(1)
-        model.zero_grad()
-        value, terms = call(x, None, **streams)
-        value.sum().backward()
-        found.append([value, *terms.values(), *(p.grad for p in model.parameters())])
-    for plain, compiled in zip(*found, strict=True):
-        assert (plain is None) == (compiled is None)
-        if plain is not None:
-            torch.testing.assert_close(plain, compiled, rtol=1e-10, atol=1e-10)
+    compiled = torch.compile(model, backend="aot_eager")
+    plain = step_of(model, model, x, observed, **streams)
+    assert_equal(plain, step_of(model, compiled, x, observed, **streams))
+    assert all(t.isfinite().all() for t in plain if t is not None)
+
+
+@pytest.fixture
+def without_code_generator(monkeypatch):
+    """accelerate's torch.compile up to the code generator."""
+    compile_whole = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model: compile_whole(model, backend="aot_eager"))
+    torch._dynamo.reset()
+    return argparse.Namespace(compile=True)
+
+
+@pytest.fixture
+def one_process():
+    """torchrun's group of processes, of one."""
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("objective", ["dreg", "dreg-tight", "dreg-mixture", "elbo-is"])
+def test_compiled_under_torchrun_the_hooks_are_called(
+    float64, objective, without_code_generator, one_process
+):
+    """With decoders of more than a megabyte each, between which gradients are sent."""
+    mods = modalities(2, n=50_000)
+    x = {m.name: torch.randn(3, 50_000) for m in mods}
+    model = MMVAE(mods, 3, objective=objective, K=2)
+    for decoder in model.decoders:  # else the huge weights leave one sample all the weight
+        decoder.net[0].weight.data *= 1e-4
+    fast = common.accelerate(model, without_code_generator, torch.device("cpu"), world=2)
+    assert_equal(step_of(model, model, x), step_of(model, fast, x, None))
+
+
+def test_compiled_with_amp_products_have_gradients_in_float32(without_code_generator):
+    model = MoPoE([Modality(f"x{i}", (4,), "normal", network="linear") for i in range(5)], 6)
+    mu, logvar = torch.randn(2, 5, 8, 6).unbind()
+    model.forward = lambda *experts: common.product_of_gaussians(*experts, model.masks)
+    fast, found = common.accelerate(model, without_code_generator, torch.device("cpu"), 1), []
+    for call in (model, fast):
+        experts = [t.clone().requires_grad_() for t in (mu, logvar)]
+        with torch.autocast("cpu", torch.bfloat16):
+            products = call(*experts)
+        sum(t.square().sum() for t in products).backward()
+        found.append([t.grad for t in experts])
+    assert_equal(*found, tolerance=1e-5)  # bfloat16 has 3e-3
 
 
 class Recorder:

@@ -181,6 +181,9 @@ def test_the_authors_images_are_used_where_they_are(tmp_path, packed):
             expected = [pixels["test", m, i].transpose(2, 0, 1) for i in range(12)]
             assert data.test.tensors[f"m{m}"].numpy().tolist() == np.stack(expected).tolist()
     assert len(list((tmp_path / "cache").iterdir())) == 1
+    if not packed:  # decoded anew when a picture changes
+        Image.new("RGB", (28, 28), "white").save(tmp_path / "PolyMNIST" / "test" / "m0" / "0.0.png")
+        assert datasets.polymnist(options(tmp_path)).test.tensors["m0"][0].min() == 255
 
 
 def test_faults_of_the_authors_images_are_named(tmp_path):
@@ -336,10 +339,11 @@ def test_cache_is_whole_or_absent(tmp_path):
     built = datasets.cached(tmp_path, "x", [1], lambda: {"a": torch.ones(2)})
     assert datasets.cached(tmp_path, "x", [1], killed)["a"].equal(built["a"])
     assert datasets.cached(tmp_path, "x", [2], lambda: {"a": torch.zeros(1)})["a"].numel() == 1
-    for file in tmp_path.iterdir():
-        file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(UserError, match="is damaged"):
-        datasets.cached(tmp_path, "x", [1], killed)
+    for damaged in (next(tmp_path.iterdir()).read_bytes()[:100], b"text", bytes(50), b""):
+        for file in tmp_path.iterdir():
+            file.write_bytes(damaged)
+        with pytest.raises(UserError, match="is damaged"):
+            datasets.cached(tmp_path, "x", [1], killed)
 
 
 def test_two_builders_of_one_cache_both_succeed(tmp_path):
@@ -550,8 +554,8 @@ def test_multimnist_is_the_string_of_its_quarters(data_dir):
 
 
 def make_celeba(folder, n=20, size=(178, 218)):
-    """A small CelebA in the official layout; a face is a square of its own colour, 148 wide, where
-    the crop is, on white. The attribute i of a face j is there where j is a multiple of i + 1."""
+    """A small CelebA in the official layout; a face is a square of its own colour, 148 wide, in the
+    middle, on white. The attribute i of a face j is there where j is a multiple of i + 1."""
     pictures = folder / "celeba" / "img_align_celeba"
     pictures.mkdir(parents=True)
     names = [*datasets.ATTRIBUTES.split(), *(f"Other_{i}" for i in range(22))]
@@ -581,7 +585,10 @@ def test_faces_are_cropped_and_go_with_their_attributes(tmp_path, size):
         assert data.source == "files in CelebA's format, not the official (10, 5)"
         faces = data.test.tensors["image"]
         colours = torch.tensor([[10 * j, 0, 100] for j in range(15, 20)], dtype=torch.uint8)
-        assert faces.equal(colours[..., None, None].expand(5, 3, 64, 64))
+        assert faces[..., 7:-7, 7:-7].equal(colours[..., None, None].expand(5, 3, 50, 50))
+        # Of Wu and Goodman's squares of 178 pixels these are the inner 148, of Sutter's all.
+        bright = (faces[:, :, :4] == 255).all() and (faces[:, :, -4:] == 255).all()
+        assert bright == (size == (178, 218) and data is not sets["celeba-text"])
         there = torch.tensor([[j % (i + 1) == 0 for i in range(40)] for j in range(15, 20)])
         assert data.test.labels.equal(there.long())
     assert sets["celeba-attr"].test.tensors["attributes"].equal(there[:, :18].float())
@@ -733,12 +740,19 @@ def test_a_files_arrays_become_modalities(tmp_path):
         "word": ("categorical", (4,), 5),
     }
     assert len(data.train) == 24 and len(data.test) == 12 and data.source == str(path)
+    big = {key: a.astype(a.dtype.newbyteorder(">")) for key, a in arrays().items()}
+    np.savez(path, **big)
+    assert datasets.load(options(tmp_path, dataset=str(path))).modalities == data.modalities
 
 
 @pytest.mark.parametrize(
     "changed, match",
     [
-        ({"train/labels": None}, "must hold train/NAME, test/NAME, train/labels and test/labels"),
+        ({"train/labels": None}, "must hold train/NAME and test/NAME of two modalities, train/la"),
+        (
+            dict.fromkeys(["train/sound", "train/word", "test/sound", "test/word"]),
+            "must hold train/NAME and test/NAME of two modalities",
+        ),
         ({"test/sound": None}, "test has .'photo', 'word'., not the modalities' names"),
         ({"test/word": np.zeros((12, 5), int)}, r"test/word is \(12, 5\), must be \(12, 4\)"),
         ({"train/sound": np.zeros((23, 7))}, r"train/sound is \(23, 7\), must be \(24, 7\)"),
@@ -748,6 +762,12 @@ def test_a_files_arrays_become_modalities(tmp_path):
         ({"test/labels": np.zeros(0, int)}, "test is empty"),
         ({"train/sound": np.full((24, 7), "a")}, "train/sound is <U1, must be numbers"),
         ({"train/a-b": np.zeros((24, 1)), "test/a-b": np.zeros((12, 1))}, "letters, digits and"),
+        ({"test/word": np.zeros((12, 4))}, "train/word and test/word differ in type"),
+        ({"train/sound": np.zeros(24), "test/sound": np.zeros(12)}, "must have a second dimension"),
+        (
+            {f"{p}/photo": np.zeros((n, 9, 12, 3)) for p, n in (("train", 24), ("test", 12))},
+            r"train/photo is \(24, 9, 12, 3\), images must be \(N, 1 or 3, height, width\)",
+        ),
     ],
 )
 def test_faults_of_a_file_are_named(tmp_path, changed, match):

@@ -250,14 +250,42 @@ def test_symbols_are_right_one_by_one_and_as_a_whole():
     assert (
         found["exact_match/x0/text"] == found["exact_match/x0+label/text"] == pytest.approx(2 / 3)
     )
-    assert found["symbol_accuracy/x0/text"] == pytest.approx((1 + 1 / 2 + 1) / 3)
+    assert found["symbol_accuracy/x0/text"] == pytest.approx((4 + 1 + 3) / (4 + 2 + 3))
     assert found["exact_match/x0/label"] == pytest.approx(2 / 3)
     assert found["exact_match/text/marks"] == pytest.approx(1 / 3)
-    assert found["symbol_accuracy/text/marks"] == pytest.approx((1 / 2 + 1 / 2 + 1) / 3)
+    assert found["symbol_accuracy/text/marks"] == pytest.approx((1 + 1 + 2) / 6)
     assert {key.split("/")[1] for key in found if key.endswith("/text")} == {
         "+".join(s) for s in (["x0"], ["label"], ["marks"], ["x0", "label"], ["x0", "marks"])
     } | {"label+marks", "x0+label+marks"}
     assert not any(key.startswith("symbol_accuracy") for key in found if key.endswith("label"))
+
+
+def test_blanks_are_no_symbols_that_count():
+    """Of MultiMNIST's strings the digits, as in Wu & Goodman 2018, supplement, Table 5."""
+    model = Spelled(torch.tensor([[1, 4, 4, 4], [2, 3, 4, 4], [4, 4, 4, 4]]), torch.zeros(3, 2))
+    model.modalities[1] = dataclasses.replace(model.modalities[1], padding=None, alphabet="abcd ")
+    truth = torch.tensor([[1, 2, 4, 4], [2, 3, 4, 4], [0, 4, 4, 4]])
+    x = {"x0": torch.zeros(3, 2), "text": truth, "label": truth[:, 0], "marks": torch.zeros(3, 2)}
+    split = datasets.Split(x, torch.zeros(3), dict.fromkeys(x, torch.arange(3)))
+    found = evaluate.symbol_metrics(model, split)
+    assert found["symbol_accuracy/x0/text"] == pytest.approx(3 / 5)
+    assert found["exact_match/x0/text"] == pytest.approx(1 / 3)
+
+
+def test_without_classes_there_are_no_metrics_of_them(tmp_path):
+    x = {"x0": torch.randn(20, 2), "x1": torch.randn(20, 2)}
+    split = datasets.from_tensors((x, torch.zeros(20)), (x, torch.zeros(20)), vectors(2)).test
+    assert evaluate.class_metrics(None, split, split, False, tmp_path) == {}
+    assert "classifiers" not in evaluate.comparison([{**made(), "classifier": 1}])
+
+
+def test_classifiers_judge_in_float32(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate.train_classifier, "__defaults__", (2, 8))
+    x, labels = {f"x{i}": torch.randn(20, 2) for i in range(2)}, torch.randint(2, (20, 3))
+    data = datasets.from_tensors((x, labels), (x, labels), vectors(2))
+    named, _ = evaluate.classifiers(data.train, data.test, data.modalities, False, tmp_path)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert named["x0"](x).dtype == torch.float32
 
 
 # --------------------------------------------------------------------- by hand and by closed form
@@ -550,6 +578,21 @@ def test_a_row_is_the_mean_and_deviation_of_seeds_of_equal_settings():
     assert found["log p(X), nats"]["mvae.py"]["x0"] == (0.5, None)
     targets = found["coherence from a subset to a target, %"]["mvae.py"]
     assert list(targets) == ["x0 → x1", "x1 → x0"]
+
+
+def test_runs_of_another_protocol_are_no_seeds_of_the_same_setting():
+    runs = [made() | {"importance_samples": k} for k in (15, 1000)]
+    labels = ["mopoe.py --importance-samples 15", "mopoe.py --importance-samples 1000"]
+    assert list(evaluate.groups(runs)) == labels
+    del (more := made(seed=1))["log_likelihood/x0"]
+    found = evaluate.statistics([made(), more])
+    assert "log p(X), nats" not in found and "latent accuracy, %" in found
+
+
+def test_a_table_says_where_classifiers_differ():
+    runs = [made(seed=s) | {"classifier_accuracy/x0": 0.98 + 0.01 * s} for s in (0, 1)]
+    assert "by classifiers that differ" in evaluate.comparison(runs)
+    assert "by classifiers that differ" not in evaluate.comparison(runs[:1])
 
 
 def test_a_switch_names_a_row_where_it_is_on():

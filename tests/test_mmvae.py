@@ -88,7 +88,7 @@ def test_tight_rises_to_log_p_and_loose_to_its_own_limit_below(float64, distribu
     limit = sum(log_integral(log_q[:, m] + log_w) for m in range(3)) / 3
     assert limit < exact
     for name, goal in (("iwae-tight", exact), ("iwae", limit)):
-        model.name, previous = name, -math.inf
+        model.objective_name, previous = name, -math.inf
         for K in (1, 5, 50, 500):
             model.K = K
             mean, error = mean_and_error(model(x)[0].detach())
@@ -101,7 +101,7 @@ def test_tight_is_above_loose_is_above_elbo_on_shared_samples(float64):
     model, x = five(K=7)
     values = []
     for name in ("iwae-tight", "iwae", "elbo"):
-        model.name = name
+        model.objective_name = name
         torch.manual_seed(1)
         values.append(model(x)[0])
     assert (values[0] >= values[1]).all() and (values[1] >= values[2]).all()
@@ -113,7 +113,7 @@ def test_the_gradients_name_does_not_change_the_value(float64):
     model, x = five(K=4)
     for names in (("iwae", "dreg", "dreg-mixture"), ("iwae-tight", "dreg-tight")):
         values = []
-        for model.name in names:
+        for model.objective_name in names:
             torch.manual_seed(1)
             values.append(model(x)[0])
             with torch.no_grad():
@@ -426,6 +426,6 @@ def test_the_proposal_of_a_log_likelihood_is_the_mixtures_density(float64):
 
 def test_the_loose_bound_is_the_default():
     """Fault 5: the released code trains the tight bound unless told otherwise."""
-    assert MMVAE(modalities(2), 2).name == "iwae"
+    assert MMVAE(modalities(2), 2).objective_name == "iwae"
     defaults = mmvae.arguments(["--dataset", "polymnist"])
     assert (defaults.objective, defaults.K, defaults.distribution) == ("elbo", 1, "normal")

@@ -347,6 +347,15 @@ def test_killed_or_stopped_at_any_moment_it_resumes(script, tmp_path):
     assert_same_weights(whole, path)
 
 
+def test_stopped_before_the_first_checkpoint_there_is_nothing_to_go_on_with(tmp_path, capsys):
+    for name in (None, "checkpoint.pt"):
+        if name:
+            (tmp_path / name).touch()
+        with pytest.raises(KeyboardInterrupt), common.interruptible(tmp_path):
+            raise KeyboardInterrupt
+        assert ("--resume" in capsys.readouterr().err) == bool(name)
+
+
 def die_half_way():
     """From now on: killed in the middle of the third file that is written, the second checkpoint."""
     calls = []
@@ -467,6 +476,16 @@ def finished(tmp_path_factory):
     """A finished run of every script."""
     folder = tmp_path_factory.mktemp("finished")
     return {s: run(s, folder / s, "--no-eval", "--epochs", "1") for s in SCRIPTS}
+
+
+def test_resumed_on_a_gpu_adam_can_be_captured(finished):
+    """A CPU's run says that it need not be."""
+    model, _, args = evaluate.load_run(finished["mopoe"])
+    args.resume = finished["mopoe"]
+    optimizer = torch.optim.Adam(model.parameters(), lr=9.0, fused=True, capturable=True)
+    assert common.restore(args, model, optimizer) == 1
+    (group,) = optimizer.param_groups
+    assert group["capturable"] and group["lr"] == tiny.SETTINGS["lr"]
 
 
 @every_script
