@@ -582,7 +582,7 @@ def mnist_split_3(args):
     """MNIST's upper, middle and lower thirds, of nine rows; the first row, black in all but two of
     the training images, is left out."""
     parts, which = mnist(Path(args.data_dir), "MNIST")
-    return strips(parts, ("top", "middle", "bottom"), "split", f"{which} in thirds")
+    return strips(parts, ("top", "middle", "bottom"), "split-3", f"{which} in thirds")
 
 
 def digits_split(args):

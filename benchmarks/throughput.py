@@ -11,15 +11,18 @@ the weight in both directions, the gradient once written and once read, Adam's t
 weight read and written. The floor is what operations or bytes, whichever take longer, would take at
 the rates of this machine's matrix product and copy, measured between the windows. The peer is the
 package `multivae`, where it is installed: its model of the same method and its data set in a bare
-loop like ours, which is kinder to it than its own trainer; it has no SVAE and no VAEVAE. A tuple of
-svae.py and vaevae.py is a complete one and each modality of another alone.
+loop like ours, which is kinder to it than its own trainer; it has no SVAE and no VAEVAE. Ours keep
+freed memory as the scripts do (`common.keep_memory`), the peer's return it, as it does by itself. A
+tuple of svae.py and vaevae.py is a complete one and each modality of another alone.
 """
 
 import argparse
+import contextlib
 import functools
 import json
 import math
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -76,10 +79,8 @@ def random_data():
     return datasets.from_tensors(part, part, modalities(), "noise")
 
 
-def adam(model, device):
-    return torch.optim.Adam(
-        model.parameters(), lr=1e-3, fused=True, capturable=device.type == "cuda"
-    )
+def adam(model, capturable=False):
+    return torch.optim.Adam(model.parameters(), lr=1e-3, fused=True, capturable=capturable)
 
 
 def our_step(method, mode, options, device):
@@ -91,7 +92,8 @@ def our_step(method, mode, options, device):
     torch.manual_seed(0)
     model = METHODS[method](modalities(), options.latent_dim, beta=2.5).to(device)
     args = argparse.Namespace(compile="compiled" in mode)
-    fast_model, optimizer = common.accelerate(model, args, device, 1), adam(model, device)
+    optimizer = adam(model, common.captures(args, device, 1))
+    fast_model = common.accelerate(model, args, device, 1)
 
     def update(rows):
         x, observed = train.batch(rows)
@@ -161,8 +163,7 @@ def peer_step(method, mode, options, device):
     decoders = {m.name: Decoder(m) for m in modalities()}
     model = Model(config, encoders, decoders).to(device)
     model.device = device
-    optimizer = adam(model, device)
-    train = peer_data(device)
+    optimizer, train = adam(model), peer_data(device)
 
     def update(rows):
         inputs = MultimodalBaseDataset(train[rows].data)
@@ -200,17 +201,26 @@ def seconds_of(call, repeat, device):
 
 
 def matrix_rate(dtype, device, n):
-    """Operations per second of an n×n matrix product, the best of several."""
+    """Operations per second of an n×n matrix product, the best of several; on a GPU in TF32 for
+    float32, as its convolutions are."""
+    torch.backends.cuda.matmul.allow_tf32 = True
     a, b = (torch.randn(n, n, dtype=dtype, device=device) for _ in range(2))
     return 2 * n**3 / min(seconds_of(lambda: a @ b, 3, device) for _ in range(5))
 
 
+def processor():
+    """The name of the CPU."""
+    with contextlib.suppress(OSError):
+        if found := re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text()):
+            return found[1]
+    return platform.processor() or platform.machine()
+
+
 def circumstances(device):
     """What a result was measured by, and on what."""
-    gpu = torch.cuda.get_device_name() if device.type == "cuda" else None
     return {
         "command": "python " + " ".join(sys.argv),
-        "machine": gpu or platform.processor() or platform.machine(),
+        "machine": torch.cuda.get_device_name() if device.type == "cuda" else processor(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "git": common.git_revision(),

@@ -8,6 +8,7 @@ set -e
 run() {
     name=$1 script=$2
     shift 2
+    rm -rf "runs/$name"
     python "$script.py" "$@" --runs-dir "runs/$name"
     cp "runs/$name"/*/results.json "results/$name.json"
 }

@@ -15,6 +15,7 @@ IMAGES = {
     "svhn-sigmoid": (3, 32, 32),
     "cub-features": (2048,),
     "split": (1, 14, 28),
+    "split-3": (1, 9, 28),
     "mlp": (1, 8, 8),
     "dcgan-28": (1, 28, 28),
     "dcgan-50": (1, 50, 50),
@@ -23,7 +24,6 @@ IMAGES = {
 }
 MODALITIES = [Modality("x", shape, network=name) for name, shape in IMAGES.items()]
 MODALITIES += [
-    Modality("x", (1, 9, 28), network="split"),
     Modality("x", (3, 16, 16), network="conv"),
     Modality("x", (3, 19, 30), network="conv"),
     Modality("x", (), "categorical", network="mlp", categories=10),
