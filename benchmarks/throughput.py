@@ -11,9 +11,9 @@ the weight in both directions, the gradient once written and once read, Adam's t
 weight read and written. The floor is what operations or bytes, whichever take longer, would take at
 the rates of this machine's matrix product and copy, measured between the windows. The peer is the
 package `multivae`, where it is installed: its model of the same method and its data set in a bare
-loop like ours, which is kinder to it than its own trainer; it has no SVAE and no VAEVAE. Ours keep
-freed memory as the scripts do (`common.keep_memory`), the peer's return it, as it does by itself. A
-tuple of svae.py and vaevae.py is a complete one and each modality of another alone.
+loop like ours, with freed memory kept as ours is (`common.keep_memory`), both of which are kinder to
+it than its own trainer; it has no SVAE and no VAEVAE. A tuple of svae.py and vaevae.py is a complete
+one and each modality of another alone.
 """
 
 import argparse
@@ -53,12 +53,13 @@ METHODS = {
     "mmvae-k10": functools.partial(mmvae.MMVAE, **DREG, K=10),
     "svae": svae.SVAE,
     "vaevae": vaevae.VAEVAE,
+    "vaevae-poe": functools.partial(vaevae.VAEVAE, joint="poe"),
     "svae-stratified": functools.partial(svae.SVAE, **STRATIFIED),
     "vaevae-poe-stratified": functools.partial(vaevae.VAEVAE, joint="poe", **STRATIFIED),
 }
 PEER, OF_PEER = "multivae-", ("mopoe", "mvae", "mmvae-k1", "mmvae-k10")
 # A step of these takes a batch of each modality alone, too.
-STREAMS = ("svae", "vaevae", "svae-stratified", "vaevae-poe-stratified")
+STREAMS = ("svae", "vaevae", "vaevae-poe", "svae-stratified", "vaevae-poe-stratified")
 MODES = ("float32", "bf16", "float32 compiled", "bf16 compiled")
 
 
@@ -85,7 +86,6 @@ def adam(model, capturable=False):
 
 def our_step(method, mode, options, device):
     """One update, as the script's loop makes it."""
-    common.keep_memory()
     train, streams = random_data().train.to(device), {}
     if method in STREAMS:
         train, streams = datasets.with_streams(train, 1.0, 0), {"streams": True}
@@ -267,6 +267,7 @@ class Contender:
 
 def contend(options, device):
     """The contender's side: a line in is a number of steps, a line out their mean time."""
+    common.keep_memory()
     step = make_step(options.contender, options, device)
     for line in sys.stdin:
         print(seconds_of(step, int(line), device), flush=True)
@@ -335,6 +336,7 @@ def measure(method, options, device):
     for name, row in rows.items() if peer in rows else ():
         ratios = [a / b for a, b in zip(windows[name], windows[peer], strict=True)]
         row["times_the_peer"] = round(statistics.median(ratios), 2)
+        row["times_the_peer_from_to"] = [round(f(ratios), 2) for f in (min, max)]
         share = row["peak_memory_gb"] / rows[peer]["peak_memory_gb"]
         row["memory_to_the_peer"] = round(share, 2)
     copied = rates.pop("copy")

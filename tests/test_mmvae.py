@@ -392,6 +392,17 @@ def test_combinations_without_sense_are_refused(kwargs):
         MMVAE(modalities(2), 2, **kwargs)
 
 
+def test_dreg_is_not_compiled_where_that_would_lose_its_hook(monkeypatch):
+    options = ["--dataset", "mnist-svhn", "--objective"]
+    assert mmvae.arguments([*options, "dreg"]).compile == "auto"
+    monkeypatch.setattr(torch, "__version__", type(torch.__version__)("2.12.1+cu130"))
+    for objective in OBJECTIVES:
+        hooked = objective.startswith("dreg")
+        assert mmvae.arguments([*options, objective]).compile == (False if hooked else "auto")
+    with pytest.raises(UserError, match=r"--compile: before PyTorch 2\.13"):
+        mmvae.arguments([*options, "dreg", "--compile"])
+
+
 def test_likelihood_weights_stay_out_of_log_likelihoods(float64):
     """Fault 4: a reported log p(x) has none; the objective's terms have none either."""
     model = exact_mmvae(2)

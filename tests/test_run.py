@@ -593,6 +593,14 @@ def test_nonsense_for_every_option_is_one_line(script, tmp_path, capsys):
     assert tried > 100
 
 
+@pytest.mark.parametrize("script", ["svae", "vaevae"])
+def test_stratified_terms_need_a_batch_of_all_subsets(script, tmp_path, capsys):
+    """polydigits' batch of 16 has fewer tuples than there are subsets of two to four of five."""
+    argv = ["--dataset", "polydigits", "--no-eval", "--expectation", "stratified"]
+    assert run(script, tmp_path, *argv, expect=2) is None
+    one_line(capsys, "--batch-size 16: stratified terms need 25")
+
+
 @every_script
 @pytest.mark.parametrize(
     "options, fragments",
