@@ -823,7 +823,7 @@ def draw_curves(path, runs, against):
     figure, axes = plt.subplots(height, width, figsize=size, squeeze=False, layout="constrained")
     for axis in axes.flat[len(panels) :]:
         axis.set_axis_off()
-    names = {"inputs": "modalities given", "beta": "log p(X) given all, nats; by the points β"}
+    names = {"inputs": "modalities given", "beta": "log p(X) given all, nats; beside the points β"}
     for axis, (title, lines) in zip(axes.flat, panels.items(), strict=False):
         for label, points in lines.items():
             x, mean, deviations, notes = zip(*points, strict=True)
@@ -854,6 +854,7 @@ def draw_curves(path, runs, against):
 def report(run, model, data, args, latent_train=LATENT_TRAIN, samples=IMPORTANCE_SAMPLES):
     """Evaluate the model: results.json and samples/ into the run's folder, the table to the
     terminal."""
+    facts = json.loads((run / "args.json").read_text())
     results = {
         "script": Path(inspect.getfile(type(model))).stem,
         "dataset": args.dataset,
@@ -861,6 +862,7 @@ def report(run, model, data, args, latent_train=LATENT_TRAIN, samples=IMPORTANCE
         "epochs": args.epochs,
         "seed": args.seed,
         "options": {k: v for k, v in vars(args).items() if k not in CIRCUMSTANCES},
+        "trained_with": {k: facts[k] for k in ("git", "versions", "threads")},
         "latent_train": min(latent_train, len(data.train)),
         "importance_samples": samples,
     } | evaluate(model, data, args, latent_train, samples)

@@ -258,7 +258,9 @@ class Contender:
     def seconds(self, repeat):
         """Seconds a step, over `repeat` steps."""
         print(repeat, file=self.process.stdin, flush=True)
-        return float(self.process.stdout.readline())
+        if not (line := self.process.stdout.readline()):
+            sys.exit(f"{' '.join(self.process.args[2:4])}: ended early, maybe for want of memory")
+        return float(line)
 
     def end(self):
         """Ends the process; the peak of its memory in GB, the GPU's where there is one."""

@@ -19,7 +19,9 @@ for seed in 0 1 2 3 4; do
     done
 done
 python evaluate.py results/polydigits__*.json --figure results/polydigits_by_inputs.png
-python evaluate.py runs/polydigits__*__0/* --side-by-side results/polydigits_from_m1.png --given m1
+python evaluate.py runs/polydigits__mvae__0/* runs/polydigits__mmvae__0/* runs/polydigits__mopoe__0/* \
+    runs/polydigits__svae__0/* runs/polydigits__vaevae__0/* --side-by-side results/polydigits_from_m1.png \
+    --given m1
 for seed in 0 1 2; do
     run "polydigits-amp__mopoe__$seed" mopoe --seed "$seed" --amp
     run "polydigits-batch__mopoe__$seed" mopoe --seed "$seed" --batch-size 256 --lr 4e-3
@@ -42,7 +44,8 @@ for script in mopoe mvae mmvae; do
 done
 run polymnist__vaevae__0 vaevae --dataset polymnist --beta 2.5 --joint poe --expectation stratified \
     --amp --epochs 20
-python evaluate.py runs/polymnist__*__0/* --side-by-side results/polymnist_from_m1.png --given m1
+python evaluate.py runs/polymnist__mopoe__0/* runs/polymnist__mvae__0/* runs/polymnist__mmvae__0/* \
+    --side-by-side results/polymnist_from_m1.png --given m1
 
 run polymnist-singletons__mopoe__0 mopoe --dataset polymnist --beta 2.5 --subsets singletons --amp \
     --epochs 20
@@ -77,12 +80,16 @@ for seed in 0 1 2; do
     done
 done
 long=binary-mnist-label-340
+rm -rf "runs/$long"
 python mvae.py --dataset binary-mnist-label --amp --epochs 340 --no-eval --runs-dir "runs/$long"
 python evaluate.py --importance-samples 1000 "runs/$long"/*
 cp "runs/$long"/*/results.json "results/${long}__mvae__0.json"
 
-python benchmarks/throughput.py --modes float32 bf16 --windows 5 --seconds 2 \
-    --json results/throughput_cpu.json
+pip install multivae==1.0.3
+python benchmarks/throughput.py --methods mopoe mvae mmvae-k1 mmvae-k10 svae vaevae \
+    --modes float32 bf16 --windows 5 --seconds 2 --json results/throughput_cpu.json
+python benchmarks/throughput.py --methods mopoe mvae mmvae-k1 --modes float32 bf16 --windows 7 \
+    --seconds 2 --json results/throughput_kept_cpu.json
 python benchmarks/throughput.py --methods svae svae-stratified vaevae-poe-stratified \
     --modes float32 bf16 --windows 3 --seconds 2 --json results/throughput_stratified_cpu.json
 python benchmarks/evaluation.py --modes bf16 --json results/evaluation_cpu.json

@@ -35,9 +35,9 @@ def one_batch(script, file):
     rows = {"now": mine}
 
     def noise(shape):
-        whole = torch.randn(
-            *shape[:-2], BATCH, shape[-1], generator=torch.Generator().manual_seed(1)
-        )
+        *sizes, n, D = shape
+        n = n if rows["now"] == slice(None) else n * world
+        whole = torch.randn(*sizes, n, D, generator=torch.Generator().manual_seed(1))
         return whole[..., rows["now"], :]
 
     k = torch.arange(BATCH) % 3
@@ -46,9 +46,10 @@ def one_batch(script, file):
     torch.distributions.normal._standard_normal = lambda shape, **_: noise(shape)
     torch.manual_seed(0)
     arguments = {"distribution": "normal"} if script == "mmvae" else {}
+    streams = {"streams": True} if script in ("svae", "vaevae") else {}  # as they train
     model = method(tiny.MODALITIES, 3, **arguments)
     wrapped = nn.parallel.DistributedDataParallel(model)
-    value, _ = wrapped({name: t[mine] for name, t in x.items()})
+    value, _ = wrapped({name: t[mine] for name, t in x.items()}, **streams)
     (-value.mean()).backward()
     total = value.detach().mean()
     distributed.all_reduce(total)
@@ -57,7 +58,7 @@ def one_batch(script, file):
     if rank == 0:
         rows["now"] = slice(None)
         model.zero_grad()
-        value, _ = model(x)
+        value, _ = model(x, **streams)
         (-value.mean()).backward()
         torch.save(
             {"together": together, "alone": [value.mean().detach(), *gradients(model)]}, file

@@ -1,4 +1,4 @@
-"""What a GPU runs by default, torch.compile and one CUDA graph a step, is the step as written."""
+"""What a GPU runs by default, torch.compile and one CUDA graph a step, as far as a CPU can tell."""
 
 import argparse
 import contextlib
@@ -49,10 +49,15 @@ def assert_equal(one, other, tolerance=1e-10):
             torch.testing.assert_close(plain, compiled, rtol=tolerance, atol=tolerance)
 
 
+LOST = torch.__version__ < (2, 13)  # DReG's hook, where it is compiled
+
+
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_compiled_is_as_uncompiled(float64, kind, masked):
     """Through Dynamo and AOTAutograd, without the code generator, so that the noise is the same."""
+    if LOST and "dreg" in kind:
+        pytest.skip("mmvae.py does not compile it")
     make, options, streams = KINDS[kind]
     mods, x = five()
     mods = mods[:3]
@@ -88,6 +93,7 @@ def one_process():
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.skipif(LOST, reason="mmvae.py does not compile it")
 @pytest.mark.parametrize("objective", ["dreg", "dreg-tight", "dreg-mixture", "elbo-is"])
 def test_compiled_under_torchrun_the_hooks_are_called(
     float64, objective, without_code_generator, one_process

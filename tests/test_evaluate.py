@@ -6,6 +6,8 @@ import importlib
 import itertools
 import json
 import re
+import subprocess
+import sys
 from operator import itemgetter
 from types import SimpleNamespace
 
@@ -13,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 from exact import log_p, modalities, sample_x, set_decoders, set_exact_experts
 from torch import nn
 from torch.distributions import Independent, MultivariateNormal, Normal, OneHotCategorical
@@ -705,3 +708,12 @@ def test_mistakes_in_a_comparison_are_one_line(tmp_path, capsys):
     del old["options"]["keep"]
     fails([*write(tmp_path, old), *figure, "--against", "keep"], "--against keep")
     fails([str(tmp_path / "0.json"), "--side-by-side", "x.png"], "--side-by-side: needs")
+
+
+def test_who_stops_reading_a_table_sees_no_error():
+    """As `| head` does."""
+    files = sorted(map(str, (ROOT / "results").glob("polydigits__m*.json")))
+    command = [sys.executable, str(ROOT / "evaluate.py"), *files]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait() == 1

@@ -223,25 +223,31 @@ def test_dreg_mixture_is_unbiased_for_other_beta(float64, beta):
     assert distance(iwae, mixture) < 4.5
 
 
-def test_dregs_second_weight_reaches_the_encoders(float64):
-    """Fault 3: the released hook sits on a copy that is no ancestor of the loss. The gradient along
-    z must be w̄² ∂log w/∂z, by hand for one expert."""
-    model = toy(1, "dreg", 4)
+@pytest.mark.parametrize("M", [1, 2, 3])
+@pytest.mark.parametrize("objective", ["dreg", "dreg-tight"])
+def test_dregs_second_weight_reaches_the_encoders(float64, objective, M):
+    """Fault 3: the released hook sits on a copy that is no ancestor of the loss. Along z the
+    gradient must be Eq. (8) by hand, the sum of w̄² ∂log w/∂z with the density's parameters held."""
+    model, K = toy(M, objective, 4), 4
     x = sample_x(model, 3)
     torch.manual_seed(2)
     gradient = torch.autograd.grad(model(x)[0].sum(), encoder_parameters(model))
 
     torch.manual_seed(2)
     loc, scale = model.experts(x)
-    z = model.independent(loc, scale).rsample((4,))
+    z = model.independent(loc, scale).rsample((K,))  # (K, M, B, D)
     held = z.detach().requires_grad_()
-    log_w = model.prior().log_prob(held) - model.independent(loc.detach(), scale.detach()).log_prob(
-        held
-    )
-    log_w = log_w + sum(p.log_prob(x[name]) for name, p in model.decode(held).items())
+    experts = [model.independent(loc[m].detach(), scale[m].detach()) for m in range(M)]
+    log_q = torch.stack([q.log_prob(held) for q in experts]).logsumexp(0) - math.log(M)
+    log_p = sum(p.log_prob(x[name]) for name, p in model.decode(held).items())
+    log_w = log_p + model.prior().log_prob(held) - log_q
     (path,) = torch.autograd.grad(log_w.sum(), held)
-    w = torch.softmax(log_w, 0)[..., None].detach()
-    expected = torch.autograd.grad((w**2 * path * z).sum(), encoder_parameters(model))
+    w = log_w.detach().exp()
+    if objective == "dreg":
+        share = (w / w.sum(0)).square() / M
+    else:
+        share = (w / w.sum((0, 1))).square()
+    expected = torch.autograd.grad((share[..., None] * path * z).sum(), encoder_parameters(model))
     torch.testing.assert_close(gradient, expected)
 
 
@@ -440,3 +446,10 @@ def test_the_loose_bound_is_the_default():
     assert MMVAE(modalities(2), 2).objective_name == "iwae"
     defaults = mmvae.arguments(["--dataset", "polymnist"])
     assert (defaults.objective, defaults.K, defaults.distribution) == ("elbo", 1, "normal")
+    for name, objective, K in (
+        ("mnist-svhn", "dreg", 30),
+        ("cub", "dreg", 50),
+        ("x.npz", "iwae", 30),
+    ):
+        defaults = mmvae.arguments(["--dataset", name])
+        assert (defaults.objective, defaults.K) == (objective, K)
