@@ -830,8 +830,9 @@ def draw_curves(path, runs, against):
             mean, band = np.array(mean), np.array([deviation or 0 for deviation in deviations])
             axis.plot(x, mean, marker="o", label=label)
             axis.fill_between(x, mean - band, mean + band, alpha=0.2)
-            for note, point in zip(notes, zip(x, mean, strict=True), strict=True):
-                axis.annotate(note, point, (4, 4), textcoords="offset points")
+            for i, (note, *point) in enumerate(zip(notes, x, mean, strict=True)):
+                above = (4, 4 - 14 * (i % 2))  # by turns below, where points are close
+                axis.annotate(note, point, above, textcoords="offset points")
         if against == "inputs":
             axis.set_xticks(x)
         elif against == "beta":

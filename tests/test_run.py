@@ -197,6 +197,24 @@ def test_evaluating_a_saved_run_gives_the_same_results(script, tmp_path, capsys)
     assert capsys.readouterr().out == table
 
 
+@every_script
+def test_an_option_of_the_evaluation_changes_its_own_numbers_only(script, tmp_path):
+    path = run(script, tmp_path)
+
+    def results(*options):
+        evaluate.main([str(path), *options])
+        return json.loads((path / "results.json").read_text())
+
+    plain = results()
+    for options, own in (
+        (["--latent-train", "20"], r"latent_train|latent_accuracy/.*"),
+        (["--importance-samples", "3"], r"importance_samples|.*(log_lik|marginal|condit).*"),
+    ):
+        found = results(*options)
+        changed = {key for key in plain if found[key] != plain[key]}
+        assert changed and all(re.fullmatch(own, key) for key in changed)
+
+
 def test_runs_are_drawn_side_by_side(tmp_path, capsys):
     paths = [str(run(script, tmp_path, "--no-eval", "--epochs", "1")) for script in SCRIPTS]
     picture = tmp_path / "all.png"
