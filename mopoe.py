@@ -11,7 +11,7 @@ by default with an upper bound of the KL.
 Expected on polydigits: coherence of the modalities not given, given 1, 2, 3, 4: 76, 87, 90, 91 %;
 joint coherence 29 %; latent accuracy given all 99 %.
 
-That bound, which the released code has too, is the mean of the components' KLs. With it Eq. (6) is
+The upper bound, the released code's as well, is the mean of the components' KLs. With it Eq. (6) is
 Eq. (5), the mean of the subsets' ELBOs: `--expectation all` computes that mean, the default samples
 it with one subset an example. `--kl mixture` is Lemma 3's tighter bound of log p(X), and with it
 `--subsets singletons` the MoE objective, Eq. (9); `--subsets full` is the PoE's, Eq. (7).
