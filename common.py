@@ -12,6 +12,7 @@ import contextlib
 import csv
 import ctypes
 import dataclasses
+import datetime
 import functools
 import inspect
 import io
@@ -186,12 +187,11 @@ def gaussian(mu, logvar):
 def likelihood(modality, parameters):
     """p(x_i|z) from a decoder's output (..., *parameter_shape), with event shape modality.shape."""
     parameters = parameters.to(torch.promote_types(parameters.dtype, torch.float32))
-    # A number would be copied to a GPU at each call, and the host would wait for it.
-    scale = torch.full((), modality.scale, dtype=parameters.dtype, device=parameters.device)
-    if modality.likelihood == "laplace":
-        p = Laplace(parameters, scale, validate_args=False)
-    elif modality.likelihood == "normal":
-        p = Normal(parameters, scale, validate_args=False)
+    if modality.likelihood in ("laplace", "normal"):
+        # A number would be copied to a GPU at each call, and the host would wait for it.
+        scale = torch.full((), modality.scale, dtype=parameters.dtype, device=parameters.device)
+        family = Laplace if modality.likelihood == "laplace" else Normal
+        p = family(parameters, scale, validate_args=False)
     elif modality.likelihood == "bernoulli":
         p = Bernoulli(logits=parameters, validate_args=False)
     elif modality.padding is None:
@@ -247,7 +247,9 @@ def command(main):
         except UserError as error:
             fail(error)
         except torch.OutOfMemoryError:
-            fail("the GPU's memory does not suffice; a smaller --batch-size needs less")
+            fail(
+                "the GPU's memory does not suffice; training with a smaller --batch-size needs less"
+            )
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
             raise SystemExit(1) from None
@@ -320,7 +322,8 @@ def parser(description, defaults):
 
     model = p.add_argument_group("model")
     add = model.add_argument
-    add("--latent-dim", type=number(int, 2, 65536), default=64, help="shared latent dimensions")
+    count = number(int, 2, 65536)  # from 2 on, for the picture of their principal components
+    add("--latent-dim", type=count, default=64, help="shared latent dimensions")
     add("--beta", type=number(float, 0, 1e6), default=1.0, help="weight β of the KL term")
 
     add = p.add_argument_group("training").add_argument
@@ -339,7 +342,7 @@ def parser(description, defaults):
     add("--runs-dir", metavar="DIR", default="runs", help="where the run's own folder is made")
     about = "go on with this run; only --epochs and --device may differ (default: a new run)"
     add("--resume", metavar="RUN", default="", help=about)
-    seconds, about = number(float, 0, 1e9), "least time between checkpoints, but for the last"
+    seconds, about = number(float, 0, 1e9), "least time between checkpoints; the last epoch has one"
     add("--checkpoint-every", metavar="SECONDS", type=seconds, default=60.0, help=about)
     about = "evaluate every N epochs on 1,000 training tuples, for TensorBoard; 0 is never"
     add("--eval-every", metavar="N", type=number(int, 0, 10**6), default=0, help=about)
@@ -388,9 +391,7 @@ def parse_device(name, local=0):
         raise UserError("--device cuda: there is no CUDA device here, use --device cpu")
     cuda = name != "cpu" and torch.cuda.is_available()
     if cuda and local >= torch.cuda.device_count():
-        raise UserError(
-            f"torchrun: process {local + 1} has no GPU, {torch.cuda.device_count()} here"
-        )
+        raise UserError(f"--nproc-per-node: at most {torch.cuda.device_count()}, this host's GPUs")
     return torch.device("cuda", local) if cuda else torch.device("cpu")
 
 
@@ -414,7 +415,9 @@ def setup(args):
     if args.batch_size % world:
         raise UserError(f"--batch-size {args.batch_size}: must divide among {world} processes")
     if world > 1:
-        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        backend, gpu = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+        long = datetime.timedelta(hours=2)  # for a host's first process to download and decode
+        torch.distributed.init_process_group(backend, timeout=long, device_id=gpu)
     torch.manual_seed(args.seed)
     return device, rank, world
 
@@ -614,7 +617,8 @@ def accelerate(model, args, device, world):
         return model
     if device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
         raise UserError("--compile: needs a C++ compiler on a CPU, and there is no g++ here")
-    # One graph for all: where a graph ends between a sample and its use, DReG's hook is lost.
+    # Else DistributedDataParallel cuts the graph, to send gradients sooner, and a cut between a
+    # sample and its use loses DReG's hook.
     torch._dynamo.config.optimize_ddp = False
     # Else the backward pass of what autocast leaves in float32 is traced in bfloat16.
     if hasattr(torch._functorch.config, "backward_pass_autocast"):
@@ -641,7 +645,7 @@ def capture(step, args, device, world):
     """
     if not captures(args, device, world):
         return step
-    # Of Adam, which runs three steps uncaptured.
+    # Adam warns of the three steps before the capture.
     warnings.filterwarnings("ignore", ".*constructed with capturable=True")
     graph, side, calls = torch.cuda.CUDAGraph(), torch.cuda.Stream(), itertools.count()
     static = {}
@@ -943,7 +947,8 @@ NETWORKS = {
         inner=block(norm=group_norm),
         dense=False,
     ),
-    # Kutuzova et al. 2021, Tables F.2 and F.7, misprinted; 2 rows where 3 stand would leave 8 of 9
+    # Kutuzova et al. 2021, Tables F.2 and F.7, which misprint it; the thirds' last kernel is 3 high,
+    # since 2 would end at 8 rows
     "split": (to_split, convolutions((28, (2, 4), 2, 0), *wide(3), back=True)[1]),
     "split-3": (to_split, convolutions((28, (3, 4), 2, 0), *wide(2), back=True)[1]),
     # Wu & Goodman 2018, supplement, in the widths of the released code

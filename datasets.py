@@ -14,7 +14,6 @@ import itertools
 import json
 import math
 import os
-import pickle
 import re
 import string
 import struct
@@ -173,12 +172,18 @@ def load(args):
     """The Data that the options of the group "data" name. Raises UserError in one line where
     something is missing or damaged."""
     loader = tensor_file if args.dataset.endswith(".npz") else LOADERS[args.dataset]
-    distributed, first = torch.distributed.is_initialized(), os.environ.get("LOCAL_RANK") == "0"
+    # Under torchrun the first process of each host downloads and decodes for the others.
+    distributed, first = (
+        torch.distributed.is_initialized(),
+        os.environ.get("LOCAL_RANK", "0") == "0",
+    )
     if distributed and not first:
-        torch.distributed.barrier()  # so that each host downloads and decodes but once
-    data = loader(args)
-    if distributed and first:
         torch.distributed.barrier()
+    try:
+        data = loader(args)
+    finally:
+        if distributed and first:
+            torch.distributed.barrier()
     if args.keep < 1:
         kept = with_gaps(data.train, args.keep, args.data_seed)
         data = dataclasses.replace(data, train=kept)
@@ -245,10 +250,8 @@ def cached(cache_dir, name, key, build):
     path = Path(cache_dir) / f"{name}-{digest}.pt"
     if path.is_file():
         try:
-            if not zipfile.is_zipfile(path):  # torch.load would take it for an old format
-                raise ValueError("no zip file")
             return torch.load(path, weights_only=True)
-        except (RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
+        except Exception as error:  # noqa: BLE001, bytes that are no pickle end in any
             raise UserError(f"{path}: is damaged ({error}); delete it to build it anew") from None
     content = build()
     buffer = io.BytesIO()
@@ -266,9 +269,12 @@ def absent(folder, name, files):
     )
 
 
-def state_of(files):
-    """The files' names, sizes and times as a hash, for what is cached of them."""
-    facts = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+def state_of(folder, files):
+    """The names, sizes and times of a folder's files as a hash, for what is cached of them."""
+    facts = [str(folder.resolve())]
+    for file in files:
+        status = file.stat()
+        facts.append((str(file.relative_to(folder)), status.st_size, status.st_mtime_ns))
     return hashlib.sha256(repr(facts).encode()).hexdigest()
 
 
@@ -449,7 +455,7 @@ def authors_polymnist(place, cache_dir):
             content[f"{part}/labels"] = torch.tensor([digit for (_, digit), _ in tuples])
         return content
 
-    content = cached(cache_dir, "polymnist", state_of(files), decode)
+    content = cached(cache_dir, "polymnist", state_of(place.parent, files), decode)
     splits = [
         ({f"m{m}": content[f"{part}/m{m}"] for m in range(5)}, content[f"{part}/labels"])
         for part in ("train", "test")
@@ -799,15 +805,15 @@ def celeba_text(args):
 
 def celeba_attr(args):
     """Faces and 18 attributes as one modality (Wu & Goodman 2018)."""
-    return faces_and(args, {"attributes": ATTRIBUTES.split()})
+    return faces_with(args, {"attributes": ATTRIBUTES.split()})
 
 
 def celeba19(args):
     """Faces and 18 attributes, each a modality (Wu & Goodman 2018, MVAE19)."""
-    return faces_and(args, {name.lower(): [name] for name in ATTRIBUTES.split()})
+    return faces_with(args, {name.lower(): [name] for name in ATTRIBUTES.split()})
 
 
-def faces_and(args, groups):
+def faces_with(args, groups):
     """Data of faces and of groups of attributes, {modality: the attributes' names}."""
     images, attributes, names, source = celeba(args, side=178)
     columns = {name: [names.index(n) for n in group] for name, group in groups.items()}
@@ -871,7 +877,7 @@ def celeba(args, side):
     def decode():
         return {"faces": torch.from_numpy(np.stack([face(name) for name, _ in parts]))}
 
-    key = [side, state_of([*tables, *sorted(pictures.iterdir())])]
+    key = [side, state_of(root, [*tables, *sorted(pictures.iterdir())])]
     images = cached(args.cache_dir, "celeba", key, decode)["faces"]
     chosen = [np.array([part == p for _, part in parts]) for p in ("0", "2")]
     md5s = {name: md5 for _, md5, name in torchvision.datasets.CelebA.file_list}
@@ -948,14 +954,13 @@ def tensor_file(args):
         raise UserError(f"--dataset {path}: there is no such file") from None
     except (ValueError, zipfile.BadZipFile, EOFError, zlib.error) as error:
         raise UserError(f"--dataset {path}: is no .npz file of arrays ({error})") from None
-    kinds = {"u": np.int64, "i": np.int64, "f": np.float32}
+    kinds, parts = {"u": np.int64, "i": np.int64, "f": np.float32}, ({}, {})
     for key, a in arrays.items():
-        require(a.dtype.kind in kinds, f"{key} is {a.dtype}, must be numbers")
-        arrays[key] = a if a.dtype == np.uint8 else a.astype(kinds[a.dtype.kind])
-    parts = [
-        {key.removeprefix(part): a for key, a in arrays.items() if key.startswith(part)}
-        for part in ("train/", "test/")
-    ]
+        for prefix, part in zip(("train/", "test/"), parts, strict=True):
+            if key.startswith(prefix):
+                require(a.dtype.kind in kinds, f"{key} is {a.dtype}, must be numbers")
+                wanted = a.dtype if a.dtype == np.uint8 else kinds[a.dtype.kind]
+                part[key.removeprefix(prefix)] = a.astype(wanted)
     demand = "must hold train/NAME and test/NAME of two modalities, train/labels and test/labels"
     whole = all("labels" in part and len(part) > 2 for part in parts)
     require(whole, f"{demand}, has {', '.join(arrays)}")
@@ -971,7 +976,7 @@ def tensor_file(args):
             most = max(int(t.max(initial=1)) for t in both)
             kind = dict(likelihood="categorical", categories=1 + most, network="mlp")
         else:
-            require(a.ndim > 1, f"train/{name} is {a.shape}, must have a second dimension")
+            require(a.ndim > 1, f"train/{name} is {a.shape}, must be (N, …); a class is int64")
             image = a.ndim == 4
             demand = f"train/{name} is {a.shape}, images must be (N, 1 or 3, height, width)"
             require(not image or a.shape[1] in (1, 3), demand)

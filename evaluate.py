@@ -400,8 +400,8 @@ def class_metrics(model, train, test, strips, cache_dir, latent_train=LATENT_TRA
 
 def symbol_metrics(model, test, seed=0):
     """How often a label, a text or attributes, generated from a sample of the posterior given other
-    modalities, are the tuple's own: as a whole, and of the symbols but for blanks; a flat dict (Wu
-    & Goodman 2018, supplement, Tables 4 and 5)."""
+    modalities, are the tuple's own: as a whole, and of the symbols but for blanks and stars; a flat
+    dict (Wu & Goodman 2018, supplement, Tables 4 and 5)."""
 
     def symbolic(m):
         return m.likelihood == "categorical" or (m.likelihood == "bernoulli" and len(m.shape) == 1)
@@ -518,7 +518,8 @@ def draw_row(axis, modality, x, title):
 
 
 def draw_grid(path, columns, scale=0.7):
-    """A PNG of columns {title: rows}, whose rows (modality, x (n, *shape), label) are alike."""
+    """A PNG of columns {title: rows}, whose rows (modality, x (n, *shape), label) are alike; scale
+    is an example's inches."""
     first = next(iter(columns.values()))
     size = scale * len(first[0][1]) * len(columns) + 1.2, scale * len(first) + 0.5
     figure, axes = plt.subplots(len(first), len(columns), figsize=size, squeeze=False)
@@ -698,10 +699,12 @@ def numbers(results):
     return shown
 
 
+PROTOCOL = ("latent_train", "importance_samples")
+
+
 def settings_of(results):
     """What makes two runs of a script two seeds of one setting: all options, and the protocol."""
-    protocol = "epochs", "latent_train", "importance_samples"
-    return results["options"] | {name: results.get(name) for name in protocol}
+    return results["options"] | {name: results.get(name) for name in ("epochs", *PROTOCOL)}
 
 
 def groups(runs, apart=()):
@@ -713,8 +716,11 @@ def groups(runs, apart=()):
         own = settings_of(results)
         differ = {k for k in own if any(other.get(k) != own[k] for other in settings)}
         label = [f"{results['script']}.py"]
-        for k in sorted(k for k in differ.difference(apart) if own[k] is not False):
-            label += [f"--{k.replace('_', '-')}", *[str(own[k])] * (own[k] is not True)]
+        for k in sorted(differ.difference(apart)):
+            if k in PROTOCOL and own[k] is not None:
+                label.append(f"({own[k]} {k.replace('_', ' ')})")
+            elif own[k] is not None and own[k] is not False:
+                label += [f"--{k.replace('_', '-')}", *[str(own[k])] * (own[k] is not True)]
         by_label[" ".join(label)].append(results)
     return by_label
 
@@ -768,10 +774,10 @@ def comparison(runs, markdown=False):
     for results in runs:
         for name, accuracy in numbers(results).get(CLASSIFIERS, {}).items():
             verdicts[name].add(accuracy)
-    if doubtful := ", ".join(n for n, found in sorted(verdicts.items()) if min(found) < TRUSTED):
+    if doubtful := ", ".join(n for n, seen in sorted(verdicts.items()) if min(seen) < TRUSTED):
         lines.append(f"Below {TRUSTED} % a classifier's errors bound the coherence: {doubtful}.\n")
-    if any(len(found) > 1 for found in verdicts.values()):
-        lines.append("The runs' coherences are by classifiers that differ.\n")
+    if any(len(seen) > 1 for seen in verdicts.values()):
+        lines.append("The runs' coherences are by classifiers of different accuracy.\n")
     return "\n".join(lines)
 
 
@@ -831,8 +837,8 @@ def draw_curves(path, runs, against):
             axis.plot(x, mean, marker="o", label=label)
             axis.fill_between(x, mean - band, mean + band, alpha=0.2)
             for i, (note, *point) in enumerate(zip(notes, x, mean, strict=True)):
-                above = (4, 4 - 14 * (i % 2))  # by turns below, where points are close
-                axis.annotate(note, point, above, textcoords="offset points")
+                offset = (4, 4 - 14 * (i % 2))  # by turns above and below, where points are close
+                axis.annotate(note, point, offset, textcoords="offset points")
         if against == "inputs":
             axis.set_xticks(x)
         elif against == "beta":
@@ -863,7 +869,7 @@ def report(run, model, data, args, latent_train=LATENT_TRAIN, samples=IMPORTANCE
         "epochs": args.epochs,
         "seed": args.seed,
         "options": {k: v for k, v in vars(args).items() if k not in CIRCUMSTANCES},
-        "trained_with": {k: facts[k] for k in ("git", "versions", "threads")},
+        "trained_with": {k: facts.get(k) for k in ("git", "versions", "threads")},
         "latent_train": min(latent_train, len(data.train)),
         "importance_samples": samples,
     } | evaluate(model, data, args, latent_train, samples)

@@ -20,7 +20,7 @@ With w_m^k = p(z_m^k, x) / q(z_m^k|x) and z_m^k ~ q_m, k = 1 … K, `--objective
     dreg-tight    the same for iwae-tight
     dreg-mixture  iwae with the unbiased gradient derived in `doubly_reparametrised`
     elbo-is       elbo with component KLs, M decodings in place of M² (supplement, App. B); its
-                  variance is finite only while no expert's scale is √2 times another's, Laplace 2
+                  variance is finite only while no expert's scale is √2 (Laplace: 2) times another's
 The value is always the bound itself, whatever the gradient; as K grows only iwae-tight rises to
 log p(x), iwae to 1/M Σ_m log E_q_m[w], which is less.
 """
@@ -46,7 +46,7 @@ DEFAULTS = datasets.settings(
     dict.fromkeys(datasets.SETTINGS, COMPARED)
     | {
         "mnist-svhn": SHI | dict(epochs=30, batch_size=128, beta=1.0, K=30),
-        "cub": SHI | dict(distribution="normal", scales="free", K=50),  # as in the released code
+        "cub": SHI | dict(distribution="normal", scales="free", K=50),  # released: softplus
         # Sutter et al. 2021, App. E.2.
         "celeba-text": COMPARED | dict(latent_dim=32, private_dim=32),
     }

@@ -260,6 +260,9 @@ def main(argv=None):
     data = datasets.load(args)
     train = datasets.with_streams(data.train.to(device), args.supervision, args.data_seed)
     steps = len(datasets.epoch_order(train, args.batch_size, args.seed))
+    between = 2 ** len(data.modalities) - len(data.modalities) - 2
+    if args.expectation == "stratified" and args.batch_size < between * world:
+        raise UserError(f"--expectation stratified: needs --batch-size {between * world} at least")
     options = "latent_dim beta joint objective expectation"
     config = {name: getattr(args, name) for name in options.split()}
     model = VAEVAE(data.modalities, **config).to(device)
@@ -267,9 +270,6 @@ def main(argv=None):
     optimizer = torch.optim.Adam(model.parameters(), **settings)
     fast_model = common.accelerate(model, args, device, world)
     batch_size = args.batch_size // world
-    between = 2 ** len(data.modalities) - len(data.modalities) - 2
-    if args.expectation == "stratified" and args.batch_size < between * world:
-        raise UserError(f"--batch-size {args.batch_size}: stratified terms need {between * world}")
 
     def update(rows):
         x, observed = train.batch(rows)

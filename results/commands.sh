@@ -85,7 +85,7 @@ python mvae.py --dataset binary-mnist-label --amp --epochs 340 --no-eval --runs-
 python evaluate.py --importance-samples 1000 "runs/$long"/*
 cp "runs/$long"/*/results.json "results/${long}__mvae__0.json"
 
-pip install multivae==1.0.3
+# The peer is there after `pip install multivae==1.0.3`, which may change other packages' versions.
 python benchmarks/throughput.py --methods mopoe mvae mmvae-k1 mmvae-k10 svae vaevae \
     --modes float32 bf16 --windows 5 --seconds 2 --json results/throughput_cpu.json
 python benchmarks/throughput.py --methods mopoe mvae mmvae-k1 --modes float32 bf16 --windows 7 \

@@ -70,7 +70,7 @@ if __name__ == "__main__":
     distributed.init_process_group("gloo")
     # torchrun's store serves one group, so all runs share it instead of having each its own.
     end, ended = distributed.destroy_process_group, []
-    distributed.init_process_group = lambda backend: None
+    distributed.init_process_group = lambda backend, **_: None
     distributed.destroy_process_group = lambda: ended.append(True)
     for name in scripts:
         options = ["--runs-dir", f"{folder}/runs", "--no-eval", "--epochs"]

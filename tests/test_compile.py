@@ -3,16 +3,17 @@
 import argparse
 import contextlib
 import csv
+import sys
 import types
 
 import pytest
 import tiny
 import torch
-from exact import MASKS, five, modalities
+from exact import five, modalities
 
 import common
 import mmvae
-from common import Modality
+from common import Modality, subset_masks
 from mmvae import MMVAE
 from mopoe import MoPoE
 from mvae import MVAE
@@ -49,6 +50,11 @@ def assert_equal(one, other, tolerance=1e-10):
             torch.testing.assert_close(plain, compiled, rtol=tolerance, atol=tolerance)
 
 
+# What `common.accelerate` sets.
+CONFIGURED = [
+    (torch._dynamo.config, "optimize_ddp"),
+    (torch._functorch.config, "backward_pass_autocast"),
+]
 LOST = torch.__version__ < (2, 13)  # DReG's hook, where it is compiled
 
 
@@ -63,10 +69,9 @@ def test_compiled_is_as_uncompiled(float64, kind, masked):
     mods = mods[:3]
     x, observed = {m.name: x[m.name][torch.arange(24) % 6] for m in mods}, None
     if masked:
-        observed, streams = torch.tensor(MASKS)[:, :3][torch.arange(24) % 7 * 4 + 3], {}
+        observed, streams = subset_masks(3)[torch.arange(24) % 7], {}
         for i, m in enumerate(mods):
-            if x[m.name].is_floating_point():
-                x[m.name][~observed[:, i]] = torch.nan
+            x[m.name][~observed[:, i]] = torch.nan
     model = make(mods, 3, beta=1.3, **options)
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="aot_eager")
@@ -79,9 +84,14 @@ def test_compiled_is_as_uncompiled(float64, kind, masked):
 def without_code_generator(monkeypatch):
     """accelerate's torch.compile up to the code generator."""
     compile_whole = torch.compile
+    monkeypatch.setenv("CXX", sys.executable)  # any compiler there is, for it is not called
+    before = [(config, name, getattr(config, name, None)) for config, name in CONFIGURED]
     monkeypatch.setattr(torch, "compile", lambda model: compile_whole(model, backend="aot_eager"))
     torch._dynamo.reset()
-    return argparse.Namespace(compile=True)
+    yield argparse.Namespace(compile=True)
+    for config, name, value in before:
+        if value is not None:
+            setattr(config, name, value)
 
 
 @pytest.fixture
@@ -93,12 +103,13 @@ def one_process():
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.skipif(LOST, reason="mmvae.py does not compile it")
 @pytest.mark.parametrize("objective", ["dreg", "dreg-tight", "dreg-mixture", "elbo-is"])
 def test_compiled_under_torchrun_the_hooks_are_called(
     float64, objective, without_code_generator, one_process
 ):
     """With decoders of more than a megabyte each, between which gradients are sent."""
+    if LOST and "dreg" in objective:
+        pytest.skip("mmvae.py does not compile it")
     mods = modalities(2, n=50_000)
     x = {m.name: torch.randn(3, 50_000) for m in mods}
     model = MMVAE(mods, 3, objective=objective, K=2)
@@ -108,6 +119,7 @@ def test_compiled_under_torchrun_the_hooks_are_called(
     assert_equal(step_of(model, model, x), step_of(model, fast, x, None))
 
 
+@pytest.mark.skipif(not hasattr(*CONFIGURED[1]), reason="this PyTorch has no choice")
 def test_compiled_with_amp_products_have_gradients_in_float32(without_code_generator):
     model = MoPoE([Modality(f"x{i}", (4,), "normal", network="linear") for i in range(5)], 6)
     mu, logvar = torch.randn(2, 5, 8, 6).unbind()

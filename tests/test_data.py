@@ -339,7 +339,10 @@ def test_cache_is_whole_or_absent(tmp_path):
     built = datasets.cached(tmp_path, "x", [1], lambda: {"a": torch.ones(2)})
     assert datasets.cached(tmp_path, "x", [1], killed)["a"].equal(built["a"])
     assert datasets.cached(tmp_path, "x", [2], lambda: {"a": torch.zeros(1)})["a"].numel() == 1
-    for damaged in (next(tmp_path.iterdir()).read_bytes()[:100], b"text", bytes(50), b""):
+    packed = io.BytesIO()
+    zipfile.ZipFile(packed, "w").close()
+    whole = next(tmp_path.iterdir()).read_bytes()
+    for damaged in (whole[:100], whole[100:], b"text", bytes(50), b"", packed.getvalue()):
         for file in tmp_path.iterdir():
             file.write_bytes(damaged)
         with pytest.raises(UserError, match="is damaged"):
@@ -763,7 +766,7 @@ def test_a_files_arrays_become_modalities(tmp_path):
         ({"train/sound": np.full((24, 7), "a")}, "train/sound is <U1, must be numbers"),
         ({"train/a-b": np.zeros((24, 1)), "test/a-b": np.zeros((12, 1))}, "letters, digits and"),
         ({"test/word": np.zeros((12, 4))}, "train/word and test/word differ in type"),
-        ({"train/sound": np.zeros(24), "test/sound": np.zeros(12)}, "must have a second dimension"),
+        ({"train/sound": np.zeros(24), "test/sound": np.zeros(12)}, r"must be \(N, …\)"),
         (
             {f"{p}/photo": np.zeros((n, 9, 12, 3)) for p, n in (("train", 24), ("test", 12))},
             r"train/photo is \(24, 9, 12, 3\), images must be \(N, 1 or 3, height, width\)",
