@@ -247,9 +247,7 @@ def command(main):
         except UserError as error:
             fail(error)
         except torch.OutOfMemoryError:
-            fail(
-                "the GPU's memory does not suffice; training with a smaller --batch-size needs less"
-            )
+            fail("the GPU's memory is full; training needs less with a smaller --batch-size")
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
             raise SystemExit(1) from None

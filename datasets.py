@@ -173,10 +173,8 @@ def load(args):
     something is missing or damaged."""
     loader = tensor_file if args.dataset.endswith(".npz") else LOADERS[args.dataset]
     # Under torchrun the first process of each host downloads and decodes for the others.
-    distributed, first = (
-        torch.distributed.is_initialized(),
-        os.environ.get("LOCAL_RANK", "0") == "0",
-    )
+    distributed = torch.distributed.is_initialized()
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
     if distributed and not first:
         torch.distributed.barrier()
     try:

@@ -426,8 +426,8 @@ def symbol_metrics(model, test, seed=0):
                         counts &= truth != m.alphabet.index(symbol)
                     symbols[key] += counts.sum().item()
                     results[f"symbol_accuracy/{key}"] += (right & counts).sum().item()
-    for key, number_of in symbols.items():
-        results[f"symbol_accuracy/{key}"] /= max(number_of, 1)
+    for key, n in symbols.items():
+        results[f"symbol_accuracy/{key}"] /= max(n, 1)
     return results
 
 

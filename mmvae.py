@@ -71,9 +71,7 @@ def arguments(argv):
     args = common.parse(p, argv, DEFAULTS)
     if args.objective.startswith("dreg") and torch.__version__ < (2, 13):
         if args.compile is True:
-            raise UserError(
-                "--compile: before PyTorch 2.13 it loses the gradient of --objective dreg"
-            )
+            raise UserError("--compile: before PyTorch 2.13 it loses DReG's gradient")
         args.compile = False
     return args
 

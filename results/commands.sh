@@ -4,7 +4,7 @@
 # these commands one by one, not by this script in one go.
 set -e
 
-# run NAME SCRIPT OPTION... trains and keeps the results as results/NAME.json
+# run NAME SCRIPT OPTION... trains in runs/NAME, emptied first; keeps the results as results/NAME.json
 run() {
     name=$1 script=$2
     shift 2

@@ -242,9 +242,13 @@ def test_missing_mnist_says_where_to_put_it_and_what_needs_none(monkeypatch, tmp
         raise RuntimeError("no network")
 
     monkeypatch.setattr(datasets.torchvision.datasets.MNIST, "download", refuse)
-    with pytest.raises(UserError, match=r"MNIST/raw.*--dataset polydigits") as error:
-        datasets.polymnist(options(tmp_path / "none"))
-    assert "\n" not in str(error.value)
+    (tmp_path / "begun" / "MNIST" / "raw").mkdir(
+        parents=True
+    )  # as a download that failed leaves it
+    for folder in ("none", "begun"):
+        with pytest.raises(UserError, match=r"MNIST/raw.*--dataset polydigits") as error:
+            datasets.polymnist(options(tmp_path / folder))
+        assert "\n" not in str(error.value)
 
 
 def test_truncated_and_mislabelled_files_are_named(tmp_path):
