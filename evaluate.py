@@ -49,7 +49,6 @@ from common import (
     encoder,
     fail,
     generated,
-    keep_memory,
     load_checkpoint,
     load_weights,
     number,
@@ -57,6 +56,7 @@ from common import (
     read_args,
     replace,
     subset_masks,
+    tune_cpu,
 )
 
 # Tuples that are encoded, decoded and sampled together. Noise is drawn chunk by chunk from a seed
@@ -941,7 +941,7 @@ def main(argv=None):
     add("--given", metavar="NAME", help="modality (default: the first)")
     p.error = fail
     options = p.parse_args(argv)
-    keep_memory()
+    tune_cpu()
     models, compared = {}, []
     for run in options.runs:
         if run.endswith(".json"):

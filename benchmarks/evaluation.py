@@ -80,7 +80,7 @@ def main():
     p.add_argument("--json", metavar="FILE", help="write the result there")
     options = p.parse_args()
     device = common.parse_device(options.device)
-    common.keep_memory()
+    common.tune_cpu()
     torch.manual_seed(0)
     data = noise(options.tuples)
     train, test = data.train.to(device), data.test.to(device)

@@ -11,7 +11,7 @@ the weight in both directions, the gradient once written and once read, Adam's t
 weight read and written. The floor is what operations or bytes, whichever take longer, would take at
 the rates of this machine's matrix product and copy, measured between the windows. The peer is the
 package `multivae`, where it is installed: its model of the same method and its data set in a bare
-loop like ours, with freed memory kept as ours is (`common.keep_memory`), both of which are kinder to
+loop like ours, with freed memory kept as ours is (`common.tune_cpu`), both of which are kinder to
 it than its own trainer; it has no SVAE and no VAEVAE. A tuple of svae.py and vaevae.py is a complete
 one and each modality of another alone.
 """
@@ -269,7 +269,7 @@ class Contender:
 
 def contend(options, device):
     """The contender's side: a line in is a number of steps, a line out their mean time."""
-    common.keep_memory()
+    common.tune_cpu()
     step = make_step(options.contender, options, device)
     for line in sys.stdin:
         print(seconds_of(step, int(line), device), flush=True)

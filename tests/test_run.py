@@ -665,13 +665,25 @@ def test_memory_is_kept_for_the_next_step():
     each time (at first they may be, until there is a place that fits)."""
     code = """
 import resource, torch, common
-common.keep_memory()
+common.tune_cpu()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(40):
     torch.ones(2**25)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"""
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True)
     assert int(done.stdout) < 20 * 2**15
+
+
+@pytest.mark.skipif(not torch.set_flush_denormal(False), reason="needs a CPU that can")
+def test_denormal_numbers_are_zero_in_every_thread():
+    """1e-40 is denormal in float32; a million of them are shared out among the threads."""
+    code = """
+import torch, common
+common.tune_cpu()
+torch.set_num_threads(4)
+print(torch.full((2**20,), 1e-40).mul(0.5).count_nonzero().item())"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True)
+    assert int(done.stdout) == 0
 
 
 @every_script
