@@ -44,7 +44,7 @@ for script in mopoe mvae mmvae; do
 done
 run polymnist__vaevae__0 vaevae --dataset polymnist --beta 2.5 --joint poe --expectation stratified \
     --amp --epochs 20
-run polymnist__svae__0 svae --dataset polymnist --beta 2.5 --expectation stratified --amp --epochs 13
+run polymnist__svae__0 svae --dataset polymnist --beta 2.5 --expectation stratified --amp --epochs 20
 python evaluate.py runs/polymnist__svae__0/* runs/polymnist__vaevae__0/* \
     --side-by-side results/polymnist_from_m1_svae_vaevae.png --given m1
 python evaluate.py runs/polymnist__mopoe__0/* runs/polymnist__mvae__0/* runs/polymnist__mmvae__0/* \
