@@ -11,8 +11,8 @@ the weight in both directions, the gradient once written and once read, Adam's t
 weight read and written. The floor is what operations or bytes, whichever take longer, would take at
 the rates of this machine's matrix product and copy, measured between the windows. The peer is the
 package `multivae`, where it is installed: its model of the same method and its data set in a bare
-loop like ours, with freed memory kept as ours is (`common.tune_cpu`), both of which are kinder to
-it than its own trainer; it has no SVAE and no VAEVAE. A tuple of svae.py and vaevae.py is a complete
+loop like ours, on a CPU set up as ours is (`common.tune_cpu`), both of which are kinder to it than
+its own trainer; it has no SVAE and no VAEVAE. A tuple of svae.py and vaevae.py is a complete
 one and each modality of another alone.
 """
 
