@@ -25,6 +25,7 @@ The value is always the bound itself, whatever the gradient; as K grows only iwa
 log p(x), iwae to 1/M Σ_m log E_q_m[w], which is less.
 """
 
+import argparse
 import math
 import time
 
@@ -66,8 +67,9 @@ def arguments(argv):
     add("--distribution", choices=["laplace", "normal"], default="laplace", help="prior, experts")
     about = "scales that sum to their number by a softmax, or exp of half the network's output"
     add("--scales", choices=["sum", "free"], default="sum", help=about)
-    add("--learn-prior", action="store_true", help="learn the prior's scales, which sum to D")
-    add("--amsgrad", action="store_true", help="Adam with AMSGrad, as in the paper")
+    switch, about = argparse.BooleanOptionalAction, "learn the prior's scales, which sum to D"
+    add("--learn-prior", action=switch, default=False, help=about)
+    add("--amsgrad", action=switch, default=False, help="Adam with AMSGrad, as in the paper")
     args = common.parse(p, argv, DEFAULTS)
     if args.objective.startswith("dreg") and torch.__version__ < (2, 13):
         if args.compile is True:

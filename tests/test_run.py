@@ -4,6 +4,7 @@ The tests are the same for all scripts; `tiny` is a data set that trains in mill
 """
 
 import csv
+import importlib
 import json
 import math
 import multiprocessing
@@ -419,6 +420,18 @@ def test_a_full_disk_keeps_the_old_checkpoint(script, tmp_path, capsys):
     one_line(capsys, "checkpoint.pt")
     assert (path / "checkpoint.pt").read_bytes() == before
     assert not list(path.glob(".*"))
+
+
+def test_a_switch_that_a_data_set_turns_on_can_be_turned_off():
+    turned_on = 0
+    for script in map(importlib.import_module, SCRIPTS):
+        for name, settings in script.DEFAULTS.items():
+            for option in (key for key, value in settings.items() if value is True):
+                off = "--no-" + option.replace("_", "-")
+                args = script.arguments(["--dataset", name, off])
+                assert getattr(args, option) is False
+                turned_on += 1
+    assert turned_on == 4  # MMVAE's learnt prior and AMSGrad, on mnist-svhn and cub
 
 
 @every_script
