@@ -12,6 +12,7 @@ from conftest import ROOT
 import evaluate
 
 README = (ROOT / "README.md").read_text()
+RESULTS = (ROOT / "results" / "README.md").read_text()
 SCRIPTS = ("mvae", "mmvae", "mopoe", "svae", "vaevae")
 
 FORK, FILE = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -62,12 +63,19 @@ def test_ci_runs_the_test_command_of_readme():
     assert (ROOT / ".ci" / "run").read_text().splitlines()[-1] == command
 
 
-def test_files_that_readme_links_to_exist():
-    for link in re.findall(r"\]\((?!http)([^)#]+)\)", README):
-        assert (ROOT / link).exists(), link
+@pytest.mark.parametrize("folder", [ROOT, ROOT / "results"], ids=["README", "results/README"])
+def test_what_readme_links_to_exists(folder):
+    text = (folder / "README.md").read_text()
+    for link in re.findall(r"\]\((?!http)([^)]+)\)", text):
+        path, _, anchor = link.partition("#")
+        target = folder / path if path else folder / "README.md"
+        assert target.exists(), link
+        if anchor:
+            titles = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
+            assert anchor in [title.lower().replace(" ", "-") for title in titles], link
 
 
-# ------------------------------------------------------------------------- numbers in README
+# ------------------------------------------------------------------------ the numbers of results
 
 
 def measured(pattern):
@@ -77,7 +85,41 @@ def measured(pattern):
 
 
 def assert_row(label, cells):
-    assert f"| {label} | {' | '.join(cells)} |" in README
+    assert f"| {label} | {' | '.join(cells)} |" in RESULTS
+
+
+JOINT, CROSS = ("joint coherence, %", "joint"), "coherence from a subset to a target, %"
+PAIRS = [JOINT, (CROSS, "mnist → svhn"), (CROSS, "svhn → mnist")]
+INPUTS = [("coherence of the modalities not given, %", n) for n in "1234"]
+LATENTS = ("latent accuracy, %", "mnist+svhn+text")
+HALVES = [
+    ("class of the whole image, by the oracle, %", S) for S in ("top+bottom", "top", "bottom")
+]
+LOG_P = [("log p(x) of one, nats", "image+label → image"), ("log p(X), nats", "image+label")]
+COMPARED, SPLIT = ["mvae.py", "mmvae.py", "mopoe.py"], ["svae.py", "vaevae.py", "mmvae.py"]
+
+
+def test_the_numbers_beside_the_papers_are_those_of_results():
+    papers = json.loads(evaluate.PAPERS.read_text())
+    rows = [("polymnist__*", "mopoe.py", INPUTS, 0)]
+    rows += [("polymnist__*", label, [JOINT], 0) for label in COMPARED]
+    rows += [("mnist-svhn-text__*", label, [LATENTS], 0) for label in COMPARED]
+    rows += [("mnist-svhn-text__*", label, [JOINT], 0) for label in COMPARED]
+    rows += [("mnist-split__*", f"{label} --supervision 1.0", HALVES, 0) for label in SPLIT]
+    rows += [("mnist-svhn__*", "mmvae.py --K 10 --objective dreg", PAIRS, 0)]
+    rows += [("mnist-svhn__*", "mmvae.py --K 10 --objective dreg-tight", PAIRS, 1)]
+    rows += [("binary-mnist-label-340__*", "mvae.py", LOG_P, 0)]
+    (table,) = re.findall(r"^\| data, paper .*\n\|.*\n((?:\|.*\n)+)", README, re.MULTILINE)
+    for line, (pattern, label, columns, which) in zip(table.splitlines(), rows, strict=True):
+        *_, method, paper, here = line.strip("| ").split(" | ")
+        found, of_paper = measured(f"{pattern}.json"), papers[pattern[:-3].removesuffix("-340")]
+        script = label.partition(".py")[0]
+        assert method.split(",")[0].lower() == script
+        printed = [of_paper[script][metric][which]["columns"][name] for metric, name in columns]
+        in_table = [float(number) for number in re.findall(r"[-\d.]+", paper)]
+        assert in_table == pytest.approx([n for value in printed for n in value], abs=0.05)
+        ours = (found[metric][label][name][0] for metric, name in columns)
+        assert here == ", ".join(f"{value:.1f}" for value in ours)
 
 
 @pytest.mark.parametrize("dataset", ["polydigits", "polymnist"])
@@ -89,7 +131,7 @@ def test_tables_by_the_number_of_inputs_are_those_of_results(dataset):
         ("latent accuracy, %", "latent accuracy, %"),
         ("log p(X), nats", "log p(X), nats"),
     ):
-        assert f"**{title}**" in README
+        assert f"**{title}**" in RESULTS
         for label, columns in found[metric].items():
             cells = [evaluate.plus_minus(*columns.get(n, [None])) for n in "12345"]
             assert_row(f"`{label}`", cells)
@@ -122,7 +164,7 @@ def test_the_table_of_mnist_split_is_that_of_results():
             columns = found[f"{script}.py --supervision {share}"]
             means = (columns[subset][0] for subset in ("top+bottom", "top", "bottom"))
             cells.append(" / ".join(f"{mean:.1f}" for mean in means))
-        assert f"| `{script}.py` | {' | '.join(cells)} | " in README
+        assert f"| `{script}.py` | {' | '.join(cells)} | " in RESULTS
 
 
 def test_the_table_of_mnist_split_3_is_that_of_results():
