@@ -642,13 +642,15 @@ def draw_side_by_side(path, models, data, given, n=8, seed=0):
 # ------------------------------------------------------------------------- tables and figures
 
 # What tables and figures show of the results: a metric, and the keys with its columns.
+WHOLE, JOINT = "class of the whole image, by the oracle, %", "joint coherence, %"
+CROSS = "coherence from a subset to a target, %"
 CLASSIFIERS = "the classifiers' accuracy on test data, %"
 METRICS = {
-    "class of the whole image, by the oracle, %": r"oracle_accuracy/(.+)",
+    WHOLE: r"oracle_accuracy/(.+)",
     "coherence of the modalities not given, %": r"coherence_by_inputs/(\d+)/without_inputs",
     "coherence of all modalities, %": r"coherence_by_inputs/(\d+)/with_inputs",
-    "coherence from a subset to a target, %": r"coherence/(.+/.+)",
-    "joint coherence, %": r"(joint)_coherence",
+    CROSS: r"coherence/(.+/.+)",
+    JOINT: r"(joint)_coherence",
     "latent accuracy, %": r"latent_accuracy/(.+)",
     "mean average precision of the latents, %": r"latent_precision/(.+)",
     "mean average precision from a subset to a target, %": r"precision/(.+/.+)",
@@ -791,9 +793,9 @@ def plus_minus(mean, deviation=None):
 
 def curves(runs, against):
     """{panel: {label: points (x, mean, standard deviation, note)}}: the metrics against the number
-    of given modalities ("inputs"); the first of METRICS that the runs have against an option, a panel
-    for each of its columns; or for "beta" their mean and the joint coherence against log p(X) given
-    all, a point for each β, which is its note."""
+    of given modalities ("inputs"); coherence against an option, between modalities and joint, or of
+    an image in parts that of the whole, a panel for each column; or for "beta" the mean of the first
+    of METRICS and the joint coherence against log p(X) given all, a point for each β, its note."""
     panels = defaultdict(dict)
     if against == "inputs":
         for metric, rows in statistics(runs).items():
@@ -807,12 +809,15 @@ def curves(runs, against):
             rows = {metric: next(iter(row.values())) for metric, row in found.items()}
             first = next(iter(rows))
             if against != "beta":
-                for column, value in rows[first].items():
-                    panel = panels[f"{first}\ngiven {column}"]
-                    panel.setdefault(label, []).append((x, *value, ""))
+                between = [CROSS if CROSS in rows else first, JOINT]
+                for metric in between if first != WHOLE else [WHOLE]:
+                    for column, value in rows.get(metric, {}).items():
+                        title = {CROSS: column, JOINT: ""}.get(metric, f"given {column}")
+                        panel = panels[f"{metric}\n{title}"]
+                        panel.setdefault(label, []).append((x, *value, ""))
                 continue
             *_, (given_all, _) = rows["log p(X), nats"].values()
-            for metric in [metric for metric in rows if metric in (first, "joint coherence, %")]:
+            for metric in [metric for metric in rows if metric in (first, JOINT)]:
                 mean = float(np.mean([mean for mean, _ in rows[metric].values()]))
                 panels[metric].setdefault(label, []).append((given_all, mean, None, f"{x:g}"))
     return panels

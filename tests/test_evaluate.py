@@ -690,6 +690,18 @@ def test_curves_are_over_the_inputs_or_an_option(tmp_path):
         assert figure.read_bytes().startswith(b"\x89PNG")
 
 
+def test_curves_of_two_modalities_are_each_from_the_other_and_joint():
+    runs = [made(supervision=x) | {"joint_coherence": 0.3} for x in (1, 0.1)]
+    cross, joint = "coherence from a subset to a target, %", "joint coherence, %"
+    panels = evaluate.curves(runs, "supervision")
+    assert list(panels) == [f"{cross}\nx0 → x1", f"{cross}\nx1 → x0", f"{joint}\n"]
+    assert panels[f"{joint}\n"]["mopoe.py"] == [(0.1, 30, None, ""), (1, 30, None, "")]
+    # Of parts of an image only the whole has a class.
+    whole, oracle = "class of the whole image, by the oracle, %", {"oracle_accuracy/x0+x1": 0.9}
+    panels = evaluate.curves([results | oracle for results in runs], "supervision")
+    assert list(panels) == [f"{whole}\ngiven x0+x1"]
+
+
 def test_mistakes_in_a_comparison_are_one_line(tmp_path, capsys):
     def fails(argv, fragment):
         with pytest.raises(SystemExit) as stop:
