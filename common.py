@@ -22,6 +22,7 @@ import math
 import os
 import pickle
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -606,7 +607,8 @@ def interruptible(run):
         yield
     except KeyboardInterrupt:
         if run is not None and (run / "checkpoint.pt").exists():
-            print(f"\nstopped; go on with: python {sys.argv[0]} --resume {run}", file=sys.stderr)
+            again = shlex.join(["python", sys.argv[0], "--resume", str(run)])
+            print(f"\nstopped; go on with: {again}", file=sys.stderr)
         elif run is not None:
             print(f"\nstopped before the first checkpoint of {run}", file=sys.stderr)
         raise

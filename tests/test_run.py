@@ -13,6 +13,7 @@ import pickle
 import platform
 import re
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -366,13 +367,16 @@ def test_killed_or_stopped_at_any_moment_it_resumes(script, tmp_path):
     assert_same_weights(whole, path)
 
 
-def test_stopped_before_the_first_checkpoint_there_is_nothing_to_go_on_with(tmp_path, capsys):
+def test_stopped_it_says_how_to_go_on_where_there_is_a_checkpoint(tmp_path, capsys):
+    run = tmp_path / "a run's"  # to be quoted
+    run.mkdir()
     for name in (None, "checkpoint.pt"):
         if name:
-            (tmp_path / name).touch()
-        with pytest.raises(KeyboardInterrupt), common.interruptible(tmp_path):
+            (run / name).touch()
+        with pytest.raises(KeyboardInterrupt), common.interruptible(run):
             raise KeyboardInterrupt
-        assert ("--resume" in capsys.readouterr().err) == bool(name)
+        _, _, command = capsys.readouterr().err.partition("go on with: ")
+        assert shlex.split(command)[2:] == (["--resume", str(run)] if name else [])
 
 
 def die_half_way():
