@@ -193,6 +193,29 @@ def test_the_table_of_mnist_svhn_is_that_of_results():
         assert_row(f"`{objective}`", cells)
 
 
+def test_the_table_of_mnist_svhn_by_shares_is_that_of_results():
+    found = measured("mnist-svhn-shares__*.json")
+    for script in SCRIPTS:
+        cells = []
+        for share in ("1.0", "0.1", "0.01"):
+            label = f"{script}.py --supervision {share}"
+            means = (found[metric][label][column][0] for metric, column in PAIRS)
+            cells.append(" / ".join(f"{mean:.1f}" for mean in means))
+        assert_row(f"`{script}.py`", cells)
+
+
+def test_the_table_of_longer_training_on_mnist_svhn_is_that_of_results():
+    for name, epochs in (("shares__{}__0__1", 6), ("30__{}__0", 30)):
+        for script in ("mmvae", "mopoe"):
+            found = measured(f"mnist-svhn-{name.format(script)}.json")
+            found = {metric: rows[f"{script}.py"] for metric, rows in found.items()}
+            values = [found[metric][column] for metric, column in PAIRS]
+            values += found["latent accuracy, %"].values()
+            values.append(found["log p(X), nats"]["mnist+svhn"])
+            cells = [evaluate.plus_minus(*value) for value in values]
+            assert_row(f"`{script}.py`, {epochs} epochs", cells)
+
+
 def test_the_table_of_mnist_with_labels_is_that_of_results():
     found = measured("binary-mnist-label__*.json")
     coherence = found["coherence from a subset to a target, %"]
