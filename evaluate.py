@@ -642,11 +642,11 @@ def draw_side_by_side(path, models, data, given, n=8, seed=0):
 # ------------------------------------------------------------------------- tables and figures
 
 # What tables and figures show of the results: a metric, and the keys with its columns.
-WHOLE, JOINT = "class of the whole image, by the oracle, %", "joint coherence, %"
+ORACLE, JOINT = "class of the whole image, by the oracle, %", "joint coherence, %"
 CROSS = "coherence from a subset to a target, %"
 CLASSIFIERS = "the classifiers' accuracy on test data, %"
 METRICS = {
-    WHOLE: r"oracle_accuracy/(.+)",
+    ORACLE: r"oracle_accuracy/(.+)",
     "coherence of the modalities not given, %": r"coherence_by_inputs/(\d+)/without_inputs",
     "coherence of all modalities, %": r"coherence_by_inputs/(\d+)/with_inputs",
     CROSS: r"coherence/(.+/.+)",
@@ -810,7 +810,7 @@ def curves(runs, against):
             first = next(iter(rows))
             if against != "beta":
                 between = [CROSS if CROSS in rows else first, JOINT]
-                for metric in between if first != WHOLE else [WHOLE]:
+                for metric in between if first != ORACLE else [ORACLE]:
                     for column, value in rows.get(metric, {}).items():
                         title = {CROSS: column, JOINT: ""}.get(metric, f"given {column}")
                         panel = panels[f"{metric}\n{title}"]
