@@ -810,7 +810,7 @@ def curves(runs, against):
             first = next(iter(rows))
             if against != "beta":
                 between = [CROSS if CROSS in rows else first, JOINT]
-                for metric in between if first != ORACLE else [ORACLE]:
+                for metric in [ORACLE] if ORACLE in rows else between:
                     for column, value in rows.get(metric, {}).items():
                         title = {CROSS: column, JOINT: ""}.get(metric, f"given {column}")
                         panel = panels[f"{metric}\n{title}"]
