@@ -219,7 +219,13 @@ def generated(p):
 
 
 def hide(x, observed, modalities):
-    """x with zeros in place of what is not observed, so that it (NaN included) is never read."""
+    """An objective's x with zeros in place of what is not observed, so that it (NaN included) is
+    never read. Raises ValueError where x has neither all modalities nor one alone, unmasked."""
+    if len(x) < len(modalities) and (len(x) > 1 or observed is not None):
+        raise ValueError(
+            f"an objective takes all modalities, masked where they are missing, or one alone, "
+            f"unmasked; there are {', '.join(x)} of {', '.join(m.name for m in modalities)}"
+        )
     if observed is None:
         return x
     seen = {m.name: observed[:, i].view(-1, *[1] * len(m.shape)) for i, m in enumerate(modalities)}
@@ -614,9 +620,29 @@ def interruptible(run):
         raise
 
 
-def accelerate(model, args, device, world):
-    """model(x, observed) as a fast callable: DistributedDataParallel under torchrun, compiled with
-    --compile."""
+class Streams(nn.Module):
+    """model(x, observed) for as many complete tuples as rows of each modality alone, the order of
+    `datasets.epoch_order`: each stream is a batch of its own, so nothing is computed for what is
+    masked."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x, observed=None):
+        chunks = {name: t.chunk(1 + len(x)) for name, t in x.items()}
+        streams = [{name: t[0] for name, t in chunks.items()}]
+        streams += [{name: t[i]} for i, (name, t) in enumerate(chunks.items(), 1)]
+        values, terms = zip(*map(self.model, streams), strict=True)
+        means = {k: torch.stack([t[k] for t in terms if k in t]).mean() for k in terms[0]}
+        return torch.cat(values), means
+
+
+def accelerate(model, args, device, world, streams=False):
+    """model(x, observed) as a fast callable: by `Streams` where the batches have them,
+    DistributedDataParallel under torchrun, compiled with --compile."""
+    if streams:
+        model = Streams(model)
     if world > 1:
         model = nn.parallel.DistributedDataParallel(model)
     if not compiles(args, device):

@@ -26,6 +26,7 @@ log p(x), iwae to 1/M Σ_m log E_q_m[w], which is less.
 """
 
 import argparse
+import itertools
 import math
 import time
 
@@ -128,9 +129,8 @@ class MMVAE(nn.Module):
         """q(z|x_S) for the modalities in x: the mixture of their experts; the private latent of an
         absent modality follows its prior."""
         loc, scale = self.experts(x)
-        given = [i for i, m in enumerate(self.modalities) if m.name in x]
-        weights = torch.ones_like(loc[given, :, 0]) / len(given)
-        q = self.independent(loc[given].movedim(0, 1), scale[given].movedim(0, 1))
+        weights = torch.ones_like(loc[..., 0]) / len(loc)
+        q = self.independent(loc.movedim(0, 1), scale.movedim(0, 1))
         mix = Categorical(probs=weights.T, validate_args=False)
         return MixtureSameFamily(mix, q, validate_args=False)
 
@@ -144,8 +144,9 @@ class MMVAE(nn.Module):
         }
 
     def experts(self, x, observed=None):
-        """Location and scale of every expert q_m(z|x_m), (M, B, D) each: its own shared part, and
-        beside it all private parts. Where x_m is absent they have location 0 and scale 1."""
+        """Location and scale of the expert q_m(z|x_m) of each modality in x, (M, B, D) each: its
+        own shared part, and beside it all private parts, of location 0 and scale 1 where their
+        modality is absent."""
         heads = {
             m.name: encode(x[m.name])
             for m, encode in zip(self.modalities, self.encoders, strict=True)
@@ -163,12 +164,13 @@ class MMVAE(nn.Module):
         if self.private_dim:
             s = [t.movedim(0, 1).flatten(1).expand(len(loc), -1, -1) for t in (loc_s, scale_s)]
             loc, scale = torch.cat([loc, s[0]], -1), torch.cat([scale, s[1]], -1)
-        return loc, scale
+        given = [m.name in x for m in self.modalities]
+        return [torch.stack([*itertools.compress(t, given)]) for t in (loc, scale)]
 
     def objective(self, x, observed=None):
         """The bound that --objective names, per example (B,); of log p(x_observed) where β = 1 and
-        all λ = 1. Terms: the KL and each log p(x_i|z), in nats. Every example needs one observed
-        modality."""
+        all λ = 1. x has all modalities, or one alone: M = 1 below. Terms: the KL and each
+        log p(x_i|z), in nats. Every example needs one observed modality."""
         x = hide(x, observed, self.modalities)
         loc, scale = self.experts(x, observed)  # (M, B, D)
         seen = torch.ones_like(loc[..., 0]) if observed is None else observed.T.to(loc)
@@ -182,15 +184,16 @@ class MMVAE(nn.Module):
 
         # log w = Σ_i λ_i log p(x_i|z) + β (log p(z) - log q(z|x)), (K, M, B)
         at = z.view_as(z)  # the same samples; DReG weighs the gradient that comes through here
+        modalities = [m for m in self.modalities if m.name in x]
         log_p = {
             m.name: seen[i] * self.decode(at, [m.name])[m.name].log_prob(x[m.name])
-            for i, m in enumerate(self.modalities)
+            for i, m in enumerate(modalities)
         }
         log_q = torch.logsumexp(pi.log()[:, None, None] + self.log_experts(*held, at), 0)
         kl = log_q - self.prior().log_prob(at)
         if self.kl == "components":
             kl = kl_divergence(self.independent(loc, scale), self.prior()).expand_as(kl)
-        log_w = sum(m.weight * log_p[m.name] for m in self.modalities) - self.beta * kl
+        log_w = sum(m.weight * log_p[m.name] for m in modalities) - self.beta * kl
 
         if self.objective_name == "elbo":
             value = mixed(log_w, pi)  # Eq. (1)
@@ -250,7 +253,7 @@ class MMVAE(nn.Module):
         ratio = torch.exp(torch.where(other, log_q - own, 0))
         share = (pi[:, None, None] * ratio).sum(0)  # Σ_i π_i q_i(z_j) / q_j(z_j)
         log_p, reconstruction = {}, 0.0
-        for j, m in enumerate(self.modalities):
+        for j, m in enumerate(m for m in self.modalities if m.name in x):
             z_j = z[:, j]
             if z_j.requires_grad:
                 along = (pi[j] / share[:, j].detach())[..., None]
@@ -301,7 +304,7 @@ def main(argv=None):
     model = MMVAE(data.modalities, **config).to(device)
     settings = dict(lr=args.lr, fused=True, capturable=common.captures(args, device, world))
     optimizer = torch.optim.Adam(model.parameters(), amsgrad=args.amsgrad, **settings)
-    fast_model = common.accelerate(model, args, device, world)
+    fast_model = common.accelerate(model, args, device, world, train.streams)
     batch_size = args.batch_size // world
 
     def update(rows):

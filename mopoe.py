@@ -94,7 +94,8 @@ class MoPoE(nn.Module):
                 f"--subsets all: {M} modalities have {2**M - 1:,} subsets, each with a posterior "
                 "of its own; at most 10 modalities, or --subsets singletons or full"
             )
-        masks = {"singletons": torch.eye(M).bool(), "full": torch.ones(1, M).bool()}
+        self.register_buffer("singletons", torch.eye(M).bool(), persistent=False)
+        masks = {"singletons": self.singletons, "full": torch.ones(1, M).bool()}
         masks = subset_masks(M) if subsets == "all" else masks[subsets]
         self.register_buffer("masks", masks, persistent=False)  # (S, M)
         total_dim = latent_dim + M * private_dim
@@ -150,7 +151,11 @@ class MoPoE(nn.Module):
         """The mixture of Definition 1.2: mean and log-variance (S, B, D) of its components and
         their weights (S, B), equal for the subsets of what is observed and 0 for the others."""
         mu, logvar = self.encode(x)
-        masks, available = self.masks, torch.ones_like(mu[0, :, 0]).expand(len(self.masks), -1)
+        masks = self.masks
+        if len(x) == 1:
+            (i,) = (i for i, m in enumerate(self.modalities) if m.name in x)
+            masks = self.singletons[i][None]
+        available = torch.ones_like(mu[0, :, 0]).expand(len(masks), -1)
         if observed is not None:
             mu, logvar = (torch.where(observed.T[..., None], t, 0) for t in (mu, logvar))
             if self.subsets == "full":
@@ -167,8 +172,8 @@ class MoPoE(nn.Module):
 
     def objective(self, x, observed=None):
         """Eq. (6), or Eq. (34) with private latents: per example (B,) a lower bound of
-        log p(x_observed), where β = 1 and all λ = 1. Terms: the KL and each log p(x_i|z), in nats.
-        Every example needs one observed modality."""
+        log p(x_observed), where β = 1 and all λ = 1. x has all modalities, or one alone. Terms:
+        the KL and each log p(x_i|z), in nats. Every example needs one observed modality."""
         x = hide(x, observed, self.modalities)
         mu, logvar, weights = self.components(x, observed)
         if self.expectation == "stratified":
@@ -180,11 +185,12 @@ class MoPoE(nn.Module):
 
         # E_q(z|X)[Σ_i λ_i log p(x_i|z)]
         reconstruction, log_px = 0.0, {}
-        for i, (name, p) in enumerate(self.decode(z).items()):
+        given = [m for m in self.modalities if m.name in x]
+        for i, (m, p) in enumerate(zip(given, self.decode(z, x).values(), strict=True)):
             seen = torch.ones_like(share[0]) if observed is None else observed[:, i].to(share)
-            log_p = seen * (share * p.log_prob(x[name])).sum(0)
-            reconstruction = reconstruction + self.modalities[i].weight * log_p
-            log_px[f"log_px/{name}"] = log_p.detach().sum() / seen.sum().clamp(min=1)
+            log_p = seen * (share * p.log_prob(x[m.name])).sum(0)
+            reconstruction = reconstruction + m.weight * log_p
+            log_px[f"log_px/{m.name}"] = log_p.detach().sum() / seen.sum().clamp(min=1)
 
         # KL(q(z|X) || p(z)), or the mean of KL(q(z|x_S) || p(z)): by convexity an upper bound of it
         if self.kl == "components":
@@ -231,7 +237,7 @@ def main(argv=None):
     model = MoPoE(data.modalities, **config).to(device)
     settings = dict(lr=args.lr, fused=True, capturable=common.captures(args, device, world))
     optimizer = torch.optim.Adam(model.parameters(), **settings)
-    fast_model = common.accelerate(model, args, device, world)
+    fast_model = common.accelerate(model, args, device, world, train.streams)
     batch_size = args.batch_size // world
 
     def update(rows):

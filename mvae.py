@@ -167,7 +167,7 @@ class MVAE(nn.Module):
 
     def elbos(self, x, subsets, observed=None):
         """ELBO(S) = E_q(z|x_S)[Σ_{i in S} λ_i log p(x_i|z)] - β KL(q(z|x_S) || p(z)) and the KL for
-        a list of subsets, tuples of indices that have every modality among them; the ELBOs, the KLs
+        a list of subsets, tuples of indices, the first of all modalities in x; the ELBOs, the KLs
         and the subsets' sizes, (S, B) each, and log p(x_i|z), (B,), by the numbers of S and i. Of
         an example with missing modalities S is the observed part, or all it has where that is
         empty."""
@@ -179,10 +179,10 @@ class MVAE(nn.Module):
         mu, logvar = self.product(*self.encode(x), present)
         z = mu + torch.exp(0.5 * logvar) * torch.randn_like(mu)  # (S, B, D)
         log_p = {}
-        for i, m in enumerate(self.modalities):
-            with_i = [s for s, S in enumerate(subsets) if i in S]
-            p = self.decode(torch.stack([z[s] for s in with_i]), [m.name])[m.name]
-            for s, log_p_i in zip(with_i, p.log_prob(x[m.name]), strict=True):
+        for i in subsets[0]:
+            with_i, name = [s for s, S in enumerate(subsets) if i in S], self.modalities[i].name
+            p = self.decode(torch.stack([z[s] for s in with_i]), [name])[name]
+            for s, log_p_i in zip(with_i, p.log_prob(x[name]), strict=True):
                 log_p[s, i] = torch.where(present[s, i], log_p_i, 0)
         weighted = {(s, i): self.modalities[i].weight * t for (s, i), t in log_p.items()}
         reconstruction = torch.stack(
@@ -194,23 +194,25 @@ class MVAE(nn.Module):
 
     def objective(self, x, observed=None):
         """ELBO(all) + Σ_i ELBO({i}) + Σ_k ELBO(S_k), per example (B,), over what is
-        observed of it; each ELBO a lower bound of log p(x_S), where β = 1 and all λ = 1. Terms: the
-        KLs' sum and each log p(x_i|z) given all, in nats. Every example needs one observed
-        modality."""
+        observed of it; each ELBO a lower bound of log p(x_S), where β = 1 and all λ = 1. x has all
+        modalities, or one alone. Terms: the KLs' sum and each log p(x_i|z) given all, in nats.
+        Every example needs one observed modality."""
         x = hide(x, observed, self.modalities)
-        M = len(self.modalities)
-        whole, single = tuple(range(M)), [(i,) for i in range(M)]
-        drawn = [random_subset(M) for _ in range(self.random_subsets)]
-        elbos, kl, sizes, log_p = self.elbos(x, [whole, *single, *drawn], observed)
+        M, whole = len(x), [i for i, m in enumerate(self.modalities) if m.name in x]
+        subsets = [whole]
+        if M > 1:
+            subsets += [[i] for i in whole]
+            subsets += [random_subset(M) for _ in range(self.random_subsets)]
+        elbos, kl, sizes, log_p = self.elbos(x, subsets, observed)
         # What an example has of a subset may be the whole or one modality, which count already.
         counts = sizes < sizes[0]
         counts[0] = True
         counts[1 + M :] &= sizes[1 + M :] > 1
         log_px = {}
-        for i, m in enumerate(self.modalities):
+        for i in whole:
             seen = torch.ones_like(kl[0]) if observed is None else observed[:, i]
             mean = log_p[0, i].detach().sum() / seen.sum().clamp(min=1)
-            log_px[f"log_px/{m.name}"] = mean
+            log_px[f"log_px/{self.modalities[i].name}"] = mean
         total_kl = (counts * kl).sum(0).detach().mean()
         return (counts * elbos).sum(0), {"kl": total_kl} | log_px
 
@@ -240,7 +242,7 @@ def main(argv=None):
     model = MVAE(data.modalities, **config).to(device)
     settings = dict(lr=args.lr, fused=True, capturable=common.captures(args, device, world))
     optimizer = torch.optim.Adam(model.parameters(), **settings)
-    fast_model = common.accelerate(model, args, device, world)
+    fast_model = common.accelerate(model, args, device, world, train.streams)
     batch_size = args.batch_size // world
 
     def update(rows):

@@ -162,9 +162,12 @@ class VAEVAE(nn.Module):
             times |= {S: B / len(rows[S]) for S in between}
         return rows, times
 
-    def bound(self, x, observed=None):
-        """The objective (B,), the sum of its KLs (B,), and {name: log p(x_i|z) (B,)} with z given
-        all that is observed; x holds all modalities, or one."""
+    def objective(self, x, observed=None):
+        """The objective of the docstring above, per example (B,), over what is observed of it;
+        where only one modality is, its ELBO. x has all modalities, or one alone. Terms: the KLs'
+        sum and each log p(x_i|z) given all that is observed, in nats. Every example needs one
+        observed modality."""
+        x = hide(x, observed, self.modalities)
         q = self.posteriors(x)
         names = [m.name for m in self.modalities if m.name in x]
         B, device = len(x[names[0]]), self.zeros.device
@@ -207,29 +210,11 @@ class VAEVAE(nn.Module):
             total_kl[rows[S]] += weight * kl
             for name in S:
                 log_px[name][rows[S]] += weight * (n[rows[S]] == len(S)) * log_p[S, name]
-        return value, total_kl, log_px
-
-    def objective(self, x, observed=None, streams=False):
-        """The objective of the docstring above, per example (B,), over what is observed of it;
-        where only one modality is, its ELBO. Terms: the KLs' sum and each log p(x_i|z) given all
-        that is observed, in nats. Every example needs one observed modality.
-
-        With streams the rows are known to be as many complete tuples as rows of each modality
-        alone, the order of `datasets.epoch_order`, and nothing is computed for what is masked.
-        """
-        if not streams:
-            parts = [(hide(x, observed, self.modalities), observed)]
-        else:
-            chunks = {name: t.chunk(1 + len(x)) for name, t in x.items()}
-            parts = [({name: t[0] for name, t in chunks.items()},)]
-            parts += [({m.name: chunks[m.name][1 + i]},) for i, m in enumerate(self.modalities)]
-        values, kls, log_ps = zip(*(self.bound(*part) for part in parts), strict=True)
-        value, kl, log_px = torch.cat(values), torch.cat(kls), {}
-        for i, m in enumerate(self.modalities):
-            seen = len(value) if observed is None else observed[:, i].sum().clamp(min=1)
-            total = sum(log_p[m.name].detach().sum() for log_p in log_ps if m.name in log_p)
-            log_px[f"log_px/{m.name}"] = total / seen
-        return value, {"kl": kl.detach().mean()} | log_px
+        log_px = {
+            f"log_px/{k}": (t.sum() / seen[k].sum().clamp(min=1)).detach()
+            for k, t in log_px.items()
+        }
+        return value, {"kl": total_kl.detach().mean()} | log_px
 
     forward = objective
 
@@ -268,13 +253,13 @@ def main(argv=None):
     model = VAEVAE(data.modalities, **config).to(device)
     settings = dict(lr=args.lr, fused=True, capturable=common.captures(args, device, world))
     optimizer = torch.optim.Adam(model.parameters(), **settings)
-    fast_model = common.accelerate(model, args, device, world)
+    fast_model = common.accelerate(model, args, device, world, train.streams)
     batch_size = args.batch_size // world
 
     def update(rows):
         x, observed = train.batch(rows)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-            value, terms = fast_model(x, observed, streams=True)
+            value, terms = fast_model(x, observed)
         loss = -value.sum() / batch_size
         optimizer.zero_grad()
         loss.backward()

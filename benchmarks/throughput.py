@@ -86,19 +86,19 @@ def adam(model, capturable=False):
 
 def our_step(method, mode, options, device):
     """One update, as the script's loop makes it."""
-    train, streams = random_data().train.to(device), {}
+    train = random_data().train.to(device)
     if method in STREAMS:
-        train, streams = datasets.with_streams(train, 1.0, 0), {"streams": True}
+        train = datasets.with_streams(train, 1.0, 0)
     torch.manual_seed(0)
     model = METHODS[method](modalities(), options.latent_dim, beta=2.5).to(device)
     args = argparse.Namespace(compile="compiled" in mode)
     optimizer = adam(model, common.captures(args, device, 1))
-    fast_model = common.accelerate(model, args, device, 1)
+    fast_model = common.accelerate(model, args, device, 1, train.streams)
 
     def update(rows):
         x, observed = train.batch(rows)
         with torch.autocast(device.type, torch.bfloat16, enabled="bf16" in mode):
-            value, terms = fast_model(x, observed, **streams)
+            value, terms = fast_model(x, observed)
         loss = -value.sum() / options.batch_size
         optimizer.zero_grad()
         loss.backward()

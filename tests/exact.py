@@ -8,9 +8,11 @@ than it.
 
 import itertools
 
+import pytest
 import torch
 from torch.distributions import MultivariateNormal
 
+import common
 import evaluate
 from common import Modality
 
@@ -114,6 +116,39 @@ def assert_masked_content_is_unread(model, x):
     assert all(t.isfinite().all() for t in found[0] if t is not None)
     for clean, poisoned in zip(*found, strict=True):
         assert clean is poisoned or clean.equal(poisoned)
+
+
+def assert_streams_are_the_masked_batch(model, x, monkeypatch, decodings):
+    """Two complete rows and two of each of five modalities alone, as `common.Streams` takes them,
+    have the value, terms and gradients of the masked batch; what is masked is not read, and so many
+    rows are decoded for one row of every stream. The noise of a sample is that of all rows."""
+
+    def noise(shape):
+        samples = shape[:1] if len(shape) == 4 else (1,)  # (K, M, B, D), (S, B, D)
+        eps = torch.randn(*samples, shape[-1], generator=torch.Generator().manual_seed(5))
+        return eps.view(*samples, *[1] * (len(shape) - 2), -1).expand(shape)
+
+    monkeypatch.setattr(torch, "randn_like", lambda t: noise(t.shape))
+    monkeypatch.setattr(torch.distributions.normal, "_standard_normal", lambda s, **_: noise(s))
+    observed = torch.cat([torch.ones(1, 5), torch.eye(5)]).bool().repeat_interleave(2, 0)
+    x = {name: t[torch.arange(12) % 6] for name, t in x.items()}
+    spoilt, decoded, found = {name: t.clone() for name, t in x.items()}, [], []
+    for i, t in enumerate(spoilt.values()):
+        t[~observed[:, i]] = torch.nan if t.is_floating_point() else 999
+    for d in model.decoders:
+        d.register_forward_hook(lambda _, inputs, __: decoded.append(inputs[0][..., 0].numel()))
+    for call, batch in ((model, x), (common.Streams(model), spoilt)):
+        decoded.clear()
+        model.zero_grad()
+        value, terms = call(batch, observed)
+        value.sum().backward()
+        found.append([value, terms, *(p.grad for p in model.parameters() if p.requires_grad)])
+    assert [*found[0][1]] == [*found[1][1]]
+    torch.testing.assert_close(*found, rtol=1e-10, atol=1e-10)
+    assert sum(decoded) == 2 * decodings
+    for names, mask in (("ab", None), ("a", observed)):
+        with pytest.raises(ValueError, match="takes all modalities, masked .* or one alone"):
+            model({name: x[name] for name in names}, mask)
 
 
 def assert_private_latent_of_an_absent_modality_follows_its_prior(model, x):

@@ -362,6 +362,18 @@ def test_masked_content_changes_neither_value_nor_gradient(float64, objective, p
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("private_dim", [0, 2])
+def test_streams_are_the_masked_batch(float64, monkeypatch, objective, private_dim):
+    """A complete tuple is decoded from three samples of each expert, a modality alone from three."""
+    if private_dim and objective in ("elbo-is", "dreg-mixture"):
+        pytest.skip("refused")
+    settings = dict(objective=objective, K=3, private_dim=private_dim, learn_prior=True)
+    model, x = five(distribution="normal", **settings)
+    decodings = 3 * 5 * (1 if objective == "elbo-is" else 5) + 3 * 5
+    exact.assert_streams_are_the_masked_batch(model, x, monkeypatch, decodings)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
 def test_masked_value_is_that_of_the_model_without_them(float64, objective, monkeypatch):
     """All 31 masks: as if the masked modalities did not exist."""
     model, x = five(objective=objective, K=3, distribution="normal")

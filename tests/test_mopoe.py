@@ -264,6 +264,15 @@ def test_masked_content_changes_neither_value_nor_gradient(float64, kwargs, priv
     exact.assert_masked_content_is_unread(*five(private_dim=private_dim, **kwargs))
 
 
+@pytest.mark.parametrize("subsets, S", [("all", 31), ("singletons", 5), ("full", 1)])
+@pytest.mark.parametrize("kl", ["components", "mixture"])
+@pytest.mark.parametrize("private_dim", [0, 2])
+def test_streams_are_the_masked_batch(float64, monkeypatch, subsets, S, kl, private_dim):
+    """A complete tuple is decoded given each of S subsets, a modality alone once."""
+    model, x = five(private_dim=private_dim, subsets=subsets, kl=kl, expectation="all")
+    exact.assert_streams_are_the_masked_batch(model, x, monkeypatch, 5 * S + 5)
+
+
 def test_all_observed_is_the_same_as_no_mask(float64, fixed_noise):
     for subsets in ("all", "singletons", "full"):
         model, x = five(subsets=subsets, expectation="all", prior_expert=True)

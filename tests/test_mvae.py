@@ -273,6 +273,14 @@ def test_masked_content_changes_neither_value_nor_gradient(float64, product, pri
     exact.assert_masked_content_is_unread(*five(**settings))
 
 
+@pytest.mark.parametrize("product", ["universal", "quotient"])
+@pytest.mark.parametrize("private_dim", [0, 2])
+def test_streams_are_the_masked_batch(float64, monkeypatch, product, private_dim):
+    """A complete tuple is decoded given all and given each, a modality alone once."""
+    model, x = five(product=product, private_dim=private_dim)
+    exact.assert_streams_are_the_masked_batch(model, x, monkeypatch, 2 * 5 + 5)
+
+
 def test_terms_are_given_all_that_is_observed(float64, monkeypatch):
     exact.assert_terms_are_given_all_that_is_observed(*five(), monkeypatch)
 
