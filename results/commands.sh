@@ -81,21 +81,20 @@ for objective in elbo elbo-is iwae dreg dreg-mixture iwae-tight dreg-tight; do
 done
 compared="--objective elbo --K 1 --distribution normal --scales free --no-learn-prior --no-amsgrad"
 pairs="--dataset mnist-svhn --pairings 4 --batch-size 128 --beta 1"
-for share in 1 0.1 0.01; do
-    for script in mvae mmvae mopoe svae vaevae; do
-        case $script in
-            mmvae) options=$compared ;;
-            svae) options="--lr 1e-3" ;;
-            *) options= ;;
-        esac
+for script in mvae mmvae mopoe svae vaevae; do
+    case $script in
+        mmvae) options=$compared ;;
+        svae) options="--lr 1e-3" ;;
+        *) options= ;;
+    esac
+    for share in 1 0.1 0.01 0.001; do
         run "mnist-svhn-shares__${script}__0__$share" "$script" $pairs --epochs 6 \
             --supervision "$share" $options
     done
+    run "mnist-svhn-30__${script}__0" "$script" $pairs --epochs 30 $options
 done
 python evaluate.py results/mnist-svhn-shares__*.json --against supervision \
     --figure results/mnist-svhn_by_supervision.png
-run mnist-svhn-30__mmvae__0 mmvae $pairs --epochs 30 $compared
-run mnist-svhn-30__mopoe__0 mopoe $pairs --epochs 30
 for seed in 0 1 2; do
     for annealed in 0 8; do
         run "binary-mnist-label__mvae__${seed}__$annealed" mvae --dataset binary-mnist-label \

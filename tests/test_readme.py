@@ -197,7 +197,7 @@ def test_the_table_of_mnist_svhn_by_shares_is_that_of_results():
     found = measured("mnist-svhn-shares__*.json")
     for script in SCRIPTS:
         cells = []
-        for share in ("1.0", "0.1", "0.01"):
+        for share in ("1.0", "0.1", "0.01", "0.001"):
             label = f"{script}.py --supervision {share}"
             means = (found[metric][label][column][0] for metric, column in PAIRS)
             cells.append(" / ".join(f"{mean:.1f}" for mean in means))
@@ -206,7 +206,7 @@ def test_the_table_of_mnist_svhn_by_shares_is_that_of_results():
 
 def test_the_table_of_longer_training_on_mnist_svhn_is_that_of_results():
     for name, epochs in (("shares__{}__0__1", 6), ("30__{}__0", 30)):
-        for script in ("mmvae", "mopoe"):
+        for script in SCRIPTS:
             found = measured(f"mnist-svhn-{name.format(script)}.json")
             found = {metric: rows[f"{script}.py"] for metric, rows in found.items()}
             values = [found[metric][column] for metric, column in PAIRS]
@@ -224,6 +224,23 @@ def test_the_table_of_mnist_with_labels_is_that_of_results():
         log_p = found["log p(X), nats"][label]["image+label"]
         cells = [evaluate.plus_minus(*value) for value in (*columns.values(), joint, log_p)]
         assert_row(label.removeprefix("mvae.py --anneal-epochs "), cells)
+
+
+def test_the_variances_of_log_weights_are_those_of_results():
+    found, papers = (
+        measured("binary-mnist-label-340__*.json"),
+        json.loads(evaluate.PAPERS.read_text()),
+    )
+    of_paper, ours, theirs = papers["binary-mnist-label"]["mvae"], [], []
+    for metric, column in (
+        ("variance of log w, log p(x) of one", "image+label → image"),
+        ("variance of log w, log p(X)", "image+label"),
+        ("variance of log w, one given the others", "image+label → image"),
+    ):
+        ours.append(evaluate.plus_minus(found[metric]["mvae.py"][column][0]))
+        theirs.append(evaluate.plus_minus(of_paper[metric][0]["columns"][column][0]))
+    assert_row("`mvae.py`", ours)
+    assert_row("paper", theirs)
 
 
 def test_the_table_of_speed_is_that_of_results():
