@@ -95,6 +95,11 @@ for script in mvae mmvae mopoe svae vaevae; do
 done
 python evaluate.py results/mnist-svhn-shares__*.json --against supervision \
     --figure results/mnist-svhn_by_supervision.png
+for given in mnist svhn; do
+    python evaluate.py runs/mnist-svhn-30__mvae__0/* runs/mnist-svhn-30__mmvae__0/* \
+        runs/mnist-svhn-30__mopoe__0/* runs/mnist-svhn-30__svae__0/* runs/mnist-svhn-30__vaevae__0/* \
+        --side-by-side "results/mnist-svhn_from_$given.png" --given "$given"
+done
 for seed in 0 1 2; do
     for annealed in 0 8; do
         run "binary-mnist-label__mvae__${seed}__$annealed" mvae --dataset binary-mnist-label \
