@@ -167,7 +167,7 @@ class MVAE(nn.Module):
 
     def elbos(self, x, subsets, observed=None):
         """ELBO(S) = E_q(z|x_S)[Σ_{i in S} λ_i log p(x_i|z)] - β KL(q(z|x_S) || p(z)) and the KL for
-        a list of subsets, tuples of indices, the first of all modalities in x; the ELBOs, the KLs
+        a list of subsets of indices, the first of all modalities in x; the ELBOs, the KLs
         and the subsets' sizes, (S, B) each, and log p(x_i|z), (B,), by the numbers of S and i. Of
         an example with missing modalities S is the observed part, or all it has where that is
         empty."""
