@@ -956,8 +956,8 @@ def wide(rows):
 
 
 to_split, _ = convolutions(*halving(64, 128, 256), inner=block(bias=False))
-normed_swish = block(nn.SiLU, group_norm)
-swish = dict(inner=normed_swish, first=block(nn.SiLU), activation=nn.SiLU)
+swish = dict(inner=block(nn.SiLU), activation=nn.SiLU)
+normed_swish = swish | dict(inner=block(nn.SiLU, group_norm), first=block(nn.SiLU))
 residual = dict(inner=Residual, first=block(nn.Identity), dense=False, activation=nn.Identity)
 # A family is a pair (encoder, decoder); own networks are one more entry.
 NETWORKS = {
@@ -986,8 +986,8 @@ NETWORKS = {
     # Wu & Goodman 2018, supplement, in the widths of the released code
     "mlp": perceptron((512, 512), (512, 512, 512), nn.SiLU),
     "dcgan-28": convolutions(*halving(64, 128), back=True, **swish),
-    "dcgan-50": convolutions(*halving(32, 64, 128), (256, 4, 2, 0), **swish),
-    "dcgan-64": convolutions(*halving(32, 64, 128), (256, 4, 1, 0), **swish),
+    "dcgan-50": convolutions(*halving(32, 64, 128), (256, 4, 2, 0), **normed_swish),
+    "dcgan-64": convolutions(*halving(32, 64, 128), (256, 4, 1, 0), **normed_swish),
     "gru": (GRUEncoder, GRUDecoder),
     # CelebA of Sutter et al. 2021, App. E, in the widths of the released code
     "residual-image": convolutions(
