@@ -613,7 +613,9 @@ def interruptible(run):
         yield
     except KeyboardInterrupt:
         if run is not None and (run / "checkpoint.pt").exists():
-            again = shlex.join(["python", sys.argv[0], "--resume", str(run)])
+            local = os.environ.get("LOCAL_WORLD_SIZE")  # set by torchrun
+            launcher = ["torchrun", "--nproc-per-node", local] if local else ["python"]
+            again = shlex.join([*launcher, sys.argv[0], "--resume", str(run)])
             print(f"\nstopped; go on with: {again}", file=sys.stderr)
         elif run is not None:
             print(f"\nstopped before the first checkpoint of {run}", file=sys.stderr)

@@ -367,16 +367,20 @@ def test_killed_or_stopped_at_any_moment_it_resumes(script, tmp_path):
     assert_same_weights(whole, path)
 
 
-def test_stopped_it_says_how_to_go_on_where_there_is_a_checkpoint(tmp_path, capsys):
-    run = tmp_path / "a run's"  # to be quoted
-    run.mkdir()
-    for name in (None, "checkpoint.pt"):
-        if name:
-            (run / name).touch()
+def test_stopped_it_says_how_to_go_on_where_there_is_a_checkpoint(tmp_path, capsys, monkeypatch):
+    def said():
         with pytest.raises(KeyboardInterrupt), common.interruptible(run):
             raise KeyboardInterrupt
-        _, _, command = capsys.readouterr().err.partition("go on with: ")
-        assert shlex.split(command)[2:] == (["--resume", str(run)] if name else [])
+        return shlex.split(capsys.readouterr().err.partition("go on with: ")[2])
+
+    run = tmp_path / "a run's"  # to be quoted
+    run.mkdir()
+    monkeypatch.setattr(sys, "argv", ["mopoe.py"])
+    assert said() == []
+    (run / "checkpoint.pt").touch()
+    assert said() == ["python", "mopoe.py", "--resume", str(run)]
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert said() == ["torchrun", "--nproc-per-node", "8", "mopoe.py", "--resume", str(run)]
 
 
 def die_half_way():
