@@ -106,6 +106,10 @@ for seed in 0 1 2; do
             --epochs 12 --anneal-epochs "$annealed" --seed "$seed" --amp
     done
 done
+for share in 1 0.1 0.01; do
+    run "fashion-label__mvae__0__$share" mvae --dataset fashion-label --epochs 4 --anneal-epochs 0 \
+        --supervision "$share"
+done
 long=binary-mnist-label-340
 rm -rf "runs/$long"
 python mvae.py --dataset binary-mnist-label --amp --epochs 340 --no-eval --runs-dir "runs/$long"

@@ -226,6 +226,26 @@ def test_the_table_of_mnist_with_labels_is_that_of_results():
         assert_row(label.removeprefix("mvae.py --anneal-epochs "), cells)
 
 
+def test_the_table_of_few_labels_is_that_of_results_and_of_the_paper():
+    found, columns = measured("fashion-label__*.json"), []
+    papers = json.loads(evaluate.PAPERS.read_text())["fashion-label"]["mvae"]
+    metric = "labels and texts generated as they are, %"
+    for share in (1.0, 0.1, 0.01):
+        of = {name: rows[f"mvae.py --supervision {share}"] for name, rows in found.items()}
+        (paper,) = [p for p in papers[metric] if p["options"]["supervision"] == [share]]
+        columns.append(
+            [
+                of[metric]["image → label"][0],
+                of["latent accuracy, %"]["image"][0],
+                of["log p(X), nats"]["image+label"][0],
+                *paper["columns"]["image → label"],
+            ]
+        )
+    titles = "image → label, %", "image's latents, %", "log p(X)", "paper, image → label, %"
+    for title, *values in zip(titles, *columns, strict=True):
+        assert_row(title, [f"{value:.1f}" for value in values])
+
+
 def test_the_variances_of_log_weights_are_those_of_results():
     found, papers = (
         measured("binary-mnist-label-340__*.json"),
