@@ -623,18 +623,18 @@ def interruptible(run):
 
 
 class Streams(nn.Module):
-    """model(x, observed) for as many complete tuples as rows of each modality alone, the order of
-    `datasets.epoch_order`: each stream is a batch of its own, so nothing is computed for what is
-    masked."""
+    """model(x) for the streams of a batch, x[name] (2B, *shape): B complete tuples, and after them
+    B examples of that modality alone. Each stream is a batch of its own, so nothing is computed for
+    what is missing. Values ((1 + M) B,), and the terms' means."""
 
     def __init__(self, model):
         super().__init__()
         self.model = model
 
     def forward(self, x, observed=None):
-        chunks = {name: t.chunk(1 + len(x)) for name, t in x.items()}
-        streams = [{name: t[0] for name, t in chunks.items()}]
-        streams += [{name: t[i]} for i, (name, t) in enumerate(chunks.items(), 1)]
+        halves = {name: t.chunk(2) for name, t in x.items()}
+        streams = [{name: complete for name, (complete, _) in halves.items()}]
+        streams += [{name: alone} for name, (_, alone) in halves.items()]
         values, terms = zip(*map(self.model, streams), strict=True)
         means = {k: torch.stack([t[k] for t in terms if k in t]).mean() for k in terms[0]}
         return torch.cat(values), means

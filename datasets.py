@@ -73,9 +73,9 @@ def settings(own):
 class Split:
     """Tuples of all modalities: tensors[name] (n, *shape), labels (N,), or attributes (N, A), and
     for each modality the row of tensors[name] that belongs to each tuple, index[name] (N,). observed
-    (N, M) is False where a modality is missing, None where none is. Where there are streams (see
-    `with_streams`), a batch is an equal number of rows of each. Where pixels are drawn, they are
-    black or white, anew in each batch, with their brightness as the chance of white."""
+    (N, M) is False where a modality is missing, None where none is. streams: see `with_streams`.
+    Where pixels are drawn, they are black or white, anew in each batch, with their brightness as the
+    chance of white."""
 
     tensors: dict[str, torch.Tensor]
     labels: torch.Tensor
@@ -109,14 +109,14 @@ class Split:
 
     def batch(self, rows):
         """The tuples `rows` (B,) as (x, observed): x[name] (B, *shape), images in [0, 1]; observed
-        is None where nothing is missing, else a (B, M) mask in the order of `tensors`."""
-        x = {name: t[self.index[name][rows]] for name, t in self.tensors.items()}
-        x = {name: self.image(t) if t.dtype == torch.uint8 else t for name, t in x.items()}
-        if not self.streams:
-            return x, None if self.observed is None else self.observed[rows]
-        one = torch.eye(len(x), dtype=torch.bool, device=rows.device)
-        observed = torch.cat([torch.ones_like(one[:1]), one])  # of each stream
-        return x, observed.repeat_interleave(len(rows) // len(observed), 0)
+        is None where nothing is missing, else a (B, M) mask in the order of `tensors`. With streams
+        rows are those of `epoch_order`, and x[name] has the complete tuples' and after them as many
+        of its own stream, for `common.Streams`."""
+        x, (complete, *alone) = {}, rows.chunk(len(self.streams) or 1)
+        for i, (name, t) in enumerate(self.tensors.items()):
+            t = t[self.index[name][torch.cat([complete, *alone[i : i + 1]])]]
+            x[name] = self.image(t) if t.dtype == torch.uint8 else t
+        return x, None if alone or self.observed is None else self.observed[rows]
 
 
 @dataclass(frozen=True)

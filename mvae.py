@@ -15,7 +15,7 @@ The objective is a sum of ELBOs: of all modalities, of each alone, and with `--r
 k subsets drawn anew in every step, so that a hundred modalities need no 2^100 terms. A modality is
 encoded once a step, and decoded for the terms it belongs to. `--anneal-epochs` raises β from 0.
 
-`--product quotient` is the product without the universal expert (supplement, Section 3),
+`--product quotient` is Eq. (3), without the universal expert (supplement, Section 3),
 q(z|x_S) ∝ Π_{i in S} q(z|x_i) / p(z)^(|S| - 1), a density where all variances are below M/(M - 1).
 """
 
@@ -142,7 +142,7 @@ class MVAE(nn.Module):
         heads = torch.stack([heads.get(m.name, absent) for m in self.modalities])
         mu, logvar = bounded(*heads.chunk(2, -1))
         M = len(self.modalities)
-        if self.quotient and M > 1:  # V = M / (M - 1) * sigmoid(.)
+        if self.quotient and M > 1:  # V = M / (M - 1) * sigmoid(.), supplement, Section 3
             c, s = logvar.split([self.latent_dim, self.private_dim], -1)
             logvar = torch.cat([math.log(M / (M - 1)) + F.logsigmoid(c), s], -1)
         return mu, logvar
@@ -153,8 +153,9 @@ class MVAE(nn.Module):
         masks = masks.expand(-1, -1, mu.shape[1])
         parts = [self.latent_dim, self.private_dim]
         (mu, mu_s), (logvar, logvar_s) = mu.split(parts, -1), logvar.split(parts, -1)
+        # Supplement, Lemma 2.1.
         mu, logvar = product_of_gaussians(mu, logvar, masks, prior_expert=not self.quotient)
-        if self.quotient:  # p(z)^(|S| - 1) has the precision |S| - 1
+        if self.quotient:  # Eq. (3) and Lemma 3.1; p(z)^(|S| - 1) has the precision |S| - 1
             excess = masks.sum(1)[..., None] - 1
             mu, logvar = quotient_of_gaussians(mu, logvar, torch.zeros_like(mu), -excess.log())
         if self.private_dim:

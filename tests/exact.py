@@ -120,8 +120,8 @@ def assert_masked_content_is_unread(model, x):
 
 def assert_streams_are_the_masked_batch(model, x, monkeypatch, decodings):
     """Two complete rows and two of each of five modalities alone, as `common.Streams` takes them,
-    have the value, terms and gradients of the masked batch; what is masked is not read, and so many
-    rows are decoded for one row of every stream. The noise of a sample is that of all rows."""
+    have the value, terms and gradients of the masked batch, and so many rows are decoded for one
+    row of every stream. The noise of a sample is that of all rows."""
 
     def noise(shape):
         samples = shape[:1] if len(shape) == 4 else (1,)  # (K, M, B, D), (S, B, D)
@@ -131,16 +131,14 @@ def assert_streams_are_the_masked_batch(model, x, monkeypatch, decodings):
     monkeypatch.setattr(torch, "randn_like", lambda t: noise(t.shape))
     monkeypatch.setattr(torch.distributions.normal, "_standard_normal", lambda s, **_: noise(s))
     observed = torch.cat([torch.ones(1, 5), torch.eye(5)]).bool().repeat_interleave(2, 0)
-    x = {name: t[torch.arange(12) % 6] for name, t in x.items()}
-    spoilt, decoded, found = {name: t.clone() for name, t in x.items()}, [], []
-    for i, t in enumerate(spoilt.values()):
-        t[~observed[:, i]] = torch.nan if t.is_floating_point() else 999
+    x, decoded, found = {name: t[torch.arange(12) % 6] for name, t in x.items()}, [], []
+    streams = {name: t[observed[:, i]] for i, (name, t) in enumerate(x.items())}
     for d in model.decoders:
         d.register_forward_hook(lambda _, inputs, __: decoded.append(inputs[0][..., 0].numel()))
-    for call, batch in ((model, x), (common.Streams(model), spoilt)):
+    for call, *batch in ((model, x, observed), (common.Streams(model), streams)):
         decoded.clear()
         model.zero_grad()
-        value, terms = call(batch, observed)
+        value, terms = call(*batch)
         value.sum().backward()
         found.append([value, terms, *(p.grad for p in model.parameters() if p.requires_grad)])
     assert [*found[0][1]] == [*found[1][1]]

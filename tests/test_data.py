@@ -372,7 +372,7 @@ def streams(n, M, supervision, seed=0):
 
 
 def test_streams_are_complete_tuples_and_each_modality_alone():
-    """A batch: B complete rows, then B of each modality with the others masked."""
+    """Of each modality a batch has B complete rows, then B of its own, and of these of no other."""
     split = streams(50, 3, 0.2)
     order = datasets.epoch_order(split, 8, seed=4)
     assert order.shape == (6, 4 * 8)
@@ -385,9 +385,10 @@ def test_streams_are_complete_tuples_and_each_modality_alone():
     assert (counts > 0).sum() == 10 and counts.max() == 5 and counts.sum() == 48
 
     x, observed = split.batch(order[0])
-    assert x["x1"].flatten().equal(order[0].float())
-    expected = torch.tensor([[1, 1, 1], [1, 0, 0], [0, 1, 0], [0, 0, 1]]).bool()
-    assert observed.equal(expected.repeat_interleave(8, 0))
+    complete, *alone = order[0].float().split(8)
+    for t, own in zip(x.values(), alone, strict=True):
+        assert t.flatten().equal(torch.cat([complete, own]))
+    assert observed is None  # nothing of a batch of a stream is missing
 
 
 def test_the_complete_tuples_are_the_data_seeds_choice():

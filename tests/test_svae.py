@@ -321,7 +321,7 @@ def test_stratified_decodes_each_subset_for_its_share_of_the_batch(float64, make
     model, decoded = make(mods, 3, objective="svae", expectation="stratified"), []
     for d in model.decoders:
         d.register_forward_hook(lambda _, inputs, __: decoded.append(inputs[0][..., 0].numel()))
-    Streams(model)({name: t[torch.arange(300) % 6] for name, t in x.items()})
+    Streams(model)({name: t[torch.arange(100) % 6] for name, t in x.items()})
     forms = [len(S) ** (2 if isinstance(model, SVAE) else 1) for S in between(5)]
     assert sum(decoded) == 50 * (5 + 5 + 5) + 2 * sum(forms)
 
