@@ -59,8 +59,8 @@ class Modality:
     integers below `categories` (a class label has shape (), a text of 8 symbols shape (8,)).
     scale is the fixed scale of a Laplace or Normal likelihood, weight the factor λ of the
     log-likelihood in every objective (never in a reported log-likelihood), network a key of
-    NETWORKS at the end of this file. alphabet has the symbols or words of a text, for pictures;
-    padding is the one among them whose places count for nothing.
+    NETWORKS at the end of this file. alphabet has the symbols or words of a text, or the names of
+    attributes, for pictures; padding is the symbol whose places count for nothing.
     """
 
     name: str
@@ -330,6 +330,8 @@ def parser(description, defaults):
     count = number(int, 2, 65536)  # from 2 on, for the picture of their principal components
     add("--latent-dim", type=count, default=64, help="shared latent dimensions")
     add("--beta", type=number(float, 0, 1e6), default=1.0, help="weight β of the KL term")
+    about = "likelihood weights λ, as image=1,label=50 (default: the data set's)"
+    add("--weights", metavar="NAME=λ,…", default="", help=about)
 
     add = p.add_argument_group("training").add_argument
     add("--epochs", type=number(int, 1, 10**6), default=100, help="passes over the training data")

@@ -185,7 +185,25 @@ def load(args):
     if args.keep < 1:
         kept = with_gaps(data.train, args.keep, args.data_seed)
         data = dataclasses.replace(data, train=kept)
+    if args.weights:
+        data = dataclasses.replace(data, modalities=weighted(data.modalities, args.weights))
     return data
+
+
+def weighted(modalities, weights):
+    """The modalities with the likelihood weights λ that --weights names, as "image=1,label=50"."""
+    by_name = {m.name: m for m in modalities}
+    for part in weights.split(","):
+        name, _, weight = part.partition("=")
+        try:
+            by_name[name] = dataclasses.replace(by_name[name], weight=float(weight))
+        except KeyError:
+            known = ", ".join(by_name)
+            raise UserError(f"--weights {weights}: {name!r} is none of {known}") from None
+        except ValueError:
+            allowed = "must be NAME=NUMBER, the number at least 0, with commas between"
+            raise UserError(f"--weights {weights}: {allowed}") from None
+    return list(by_name.values())
 
 
 def with_gaps(split, keep, seed):
@@ -821,7 +839,8 @@ def faces_with(args, groups):
     ]
     modalities = [Modality("image", (3, 64, 64), "bernoulli", network="dcgan-64")]
     for name, group in groups.items():
-        modalities.append(Modality(name, (len(group),), "bernoulli", weight=10.0, network="mlp"))
+        kind = dict(alphabet=tuple(n.replace("_", " ").lower() for n in group), weight=10.0)
+        modalities.append(Modality(name, (len(group),), "bernoulli", network="mlp", **kind))
     return from_tensors(*splits, modalities, source)
 
 

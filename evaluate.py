@@ -440,8 +440,9 @@ def correlation(model, train, test, seed=0):
     captions in place of FastText; features are reduced to as many principal components, and 5,000
     pairs train. Empty where there are no such modalities.
     """
-    features = [m for m in model.modalities if m.likelihood != "categorical" and len(m.shape) == 1]
-    captions = [m for m in model.modalities if isinstance(m.alphabet, tuple)]
+    texts = [m for m in model.modalities if m.likelihood == "categorical"]
+    captions = [m for m in texts if isinstance(m.alphabet, tuple)]
+    features = [m for m in model.modalities if m not in texts and len(m.shape) == 1]
     if len(model.modalities) != 2 or not (features and captions):
         return {}
     (image,), (caption,) = features, captions
@@ -494,6 +495,18 @@ def watch(writer, model, data, args, epoch):
 # ----------------------------------------------------------------------------------- pictures
 
 
+def in_words(modality, example):
+    """An example (n,) that is no picture as a line: a text's symbols, the names of the attributes that
+    are likelier there than not, else the first eight numbers."""
+    alphabet, categorical = modality.alphabet, modality.likelihood == "categorical"
+    if not alphabet:
+        return " ".join(f"{n:g}" if categorical else f"{n:.2f}" for n in example[:8].tolist())
+    if not categorical:
+        return ", ".join(itertools.compress(alphabet, example > 0.5))
+    symbols = [alphabet[int(n)] for n in example if n != modality.padding]
+    return ("" if isinstance(alphabet, str) else " ").join(symbols).strip(" *")
+
+
 def draw_row(axis, modality, x, title):
     """One row of a grid: the examples x (n, *shape) of a modality side by side."""
     axis.set_yticks([])
@@ -507,12 +520,8 @@ def draw_row(axis, modality, x, title):
     else:
         axis.set_xlim(0, len(x))
         for i, example in enumerate(x.reshape(len(x), -1)):
-            text, size = " ".join(f"{value:g}" for value in example[:8]), 7
-            if modality.alphabet:
-                symbols = [modality.alphabet[int(n)] for n in example if n != modality.padding]
-                between = "" if isinstance(modality.alphabet, str) else " "
-                text = between.join(symbols).strip(" *")
-            if len(text) > 16:
+            text, size = in_words(modality, example), 7
+            if len(text) > 12:
                 text, size = textwrap.fill(text, 18, max_lines=9), 3.5
             axis.text(i + 0.5, 0.5, text, ha="center", va="center", fontsize=size, parse_math=False)
 

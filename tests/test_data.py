@@ -25,7 +25,7 @@ from common import Modality, UserError, generated, likelihood
 
 def options(tmp_path, **changed):
     defaults = dict(data_dir=str(tmp_path), cache_dir=str(tmp_path / "cache"), data_seed=0)
-    defaults |= dict(backgrounds="", download=False, pairings=20, keep=1.0)
+    defaults |= dict(backgrounds="", download=False, pairings=20, keep=1.0, weights="")
     return SimpleNamespace(**defaults | changed)
 
 
@@ -391,6 +391,24 @@ def test_streams_are_complete_tuples_and_each_modality_alone():
     assert observed is None  # nothing of a batch of a stream is missing
 
 
+def test_weights_are_those_of_the_option(tmp_path):
+    def weights(text):
+        data = datasets.load(options(tmp_path, dataset="digits-label", weights=text))
+        return [m.weight for m in data.modalities]
+
+    assert weights("") == [1.0, 50.0]
+    assert weights("label=1") == [1.0, 1.0]
+    assert weights("label=0,image=2.5") == [2.5, 0.0]
+    for text, fragment in (
+        ("text=1", "'text' is none of image, label"),
+        ("label", "must be NAME=NUMBER"),
+        ("label=1,image=-1", "at least 0"),
+        ("label=nan", "at least 0"),
+    ):
+        with pytest.raises(UserError, match=f"--weights {text}: .*{fragment}"):
+            weights(text)
+
+
 def test_the_complete_tuples_are_the_data_seeds_choice():
     complete = [set(streams(50, 2, 0.2, seed).streams[0].tolist()) for seed in (0, 0, 1)]
     assert complete[0] == complete[1] != complete[2]
@@ -600,7 +618,10 @@ def test_faces_are_cropped_and_go_with_their_attributes(tmp_path, size):
         there = torch.tensor([[j % (i + 1) == 0 for i in range(40)] for j in range(15, 20)])
         assert data.test.labels.equal(there.long())
     assert sets["celeba-attr"].test.tensors["attributes"].equal(there[:, :18].float())
+    names = sets["celeba-attr"].modalities[1].alphabet
+    assert len(names) == 18 and names[2] == "black hair"
     assert len(sets["celeba19"].modalities) == 19
+    assert sets["celeba19"].modalities[3].alphabet == ("black hair",)
     assert sets["celeba19"].test.tensors["wavy_hair"].equal(there[:, [16]].float())
     text = [
         "".join(datasets.ALPHABET[i] for i in t) for t in sets["celeba-text"].test.tensors["text"]

@@ -238,7 +238,9 @@ def test_pictures_and_captions_correlate_where_they_belong_together():
     wrong = evaluate.correlation(Birds(any_class=True), data.train, data.test)
     assert wrong["correlation/data"] == found["correlation/data"]
     assert abs(wrong["correlation/joint"]) < 0.1 > abs(wrong["correlation/image/caption"])
-    assert evaluate.correlation(Told(), None, None) == {}
+    attributes = Modality("x", (2,), "bernoulli", network="mlp", alphabet=("male", "bald"))
+    for others in (Told().modalities, [Modality("y", (3, 8, 8)), attributes]):
+        assert evaluate.correlation(SimpleNamespace(modalities=others), None, None) == {}
 
 
 def test_symbols_are_right_one_by_one_and_as_a_whole():
@@ -273,6 +275,18 @@ def test_blanks_are_no_symbols_that_count():
     found = evaluate.symbol_metrics(model, split)
     assert found["symbol_accuracy/x0/text"] == pytest.approx(3 / 5)
     assert found["exact_match/x0/text"] == pytest.approx(1 / 3)
+
+
+def test_what_is_no_picture_is_shown_in_words():
+    there, shown = torch.tensor([0.9, 0.2, 0.6]), evaluate.in_words
+    attributes = Modality("a", (3,), "bernoulli", network="mlp", alphabet=("male", "bald", "young"))
+    assert shown(attributes, there) == "male, young"
+    assert shown(Modality("x", (3,), "normal", network="mlp"), there) == "0.90 0.20 0.60"
+    kind = dict(likelihood="categorical", categories=12, network="mlp")
+    assert shown(Modality("label", (), **kind), torch.tensor([11])) == "11"
+    assert shown(Modality("t", (4,), alphabet="abc *", **kind), torch.tensor([4, 1, 0, 4])) == "ba"
+    words = Modality("w", (3,), alphabet=("<pad>", "a", "bird"), padding=0, **kind)
+    assert shown(words, torch.tensor([1, 2, 0])) == "a bird"
 
 
 def test_without_classes_there_are_no_metrics_of_them(tmp_path):

@@ -597,6 +597,7 @@ ALLOWED = {
     "--backgrounds": set(NONSENSE),
     "--runs-dir": set(NONSENSE),  # any name of a folder will do
     "--resume": {""},
+    "--weights": {""},
 }
 
 
