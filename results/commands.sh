@@ -106,10 +106,20 @@ for seed in 0 1 2; do
             --epochs 12 --anneal-epochs "$annealed" --seed "$seed" --amp
     done
 done
+run binary-mnist-label-weight__mvae__0__0 mvae --dataset binary-mnist-label --epochs 12 \
+    --anneal-epochs 0 --weights label=1
+for seed in 0 1 2; do
+    run "binary-mnist-label-weight__mvae__${seed}__8" mvae --dataset binary-mnist-label --epochs 12 \
+        --anneal-epochs 8 --seed "$seed" --weights label=1
+done
+run fashion-label-weight__mvae__0__1 mvae --dataset fashion-label --epochs 4 --anneal-epochs 0 \
+    --weights label=1
 for share in 1 0.1 0.01; do
     run "fashion-label__mvae__0__$share" mvae --dataset fashion-label --epochs 4 --anneal-epochs 0 \
         --supervision "$share"
 done
+run multimnist__mvae__0 mvae --dataset multimnist --epochs 5 --anneal-epochs 0
+run celeba-attr__mvae__0 mvae --dataset celeba-attr --epochs 20 --anneal-epochs 4
 long=binary-mnist-label-340
 rm -rf "runs/$long"
 python mvae.py --dataset binary-mnist-label --amp --epochs 340 --no-eval --runs-dir "runs/$long"

@@ -96,6 +96,9 @@ HALVES = [
     ("class of the whole image, by the oracle, %", S) for S in ("top+bottom", "top", "bottom")
 ]
 LOG_P = [("log p(x) of one, nats", "image+label → image"), ("log p(X), nats", "image+label")]
+OF_FACES = [(metric, column.replace("label", "attributes")) for metric, column in LOG_P]
+LABEL = ("labels and texts generated as they are, %", "image → label")
+DIGITS = ("their symbols, %", "image → text")
 COMPARED, SPLIT = ["mvae.py", "mmvae.py", "mopoe.py"], ["svae.py", "vaevae.py", "mmvae.py"]
 
 
@@ -109,10 +112,14 @@ def test_the_numbers_beside_the_papers_are_those_of_results():
     rows += [("mnist-svhn__*", "mmvae.py --K 10 --objective dreg", PAIRS, 0)]
     rows += [("mnist-svhn__*", "mmvae.py --K 10 --objective dreg-tight", PAIRS, 1)]
     rows += [("binary-mnist-label-340__*", "mvae.py", LOG_P, 0)]
+    rows += [("fashion-label-weight__*", "mvae.py", [LABEL], -1)]
+    rows += [("multimnist__*", "mvae.py", [DIGITS], -1)]  # of the shares the last
+    rows += [("celeba-attr__*", "mvae.py", OF_FACES, 0)]
     (table,) = re.findall(r"^\| data, paper .*\n\|.*\n((?:\|.*\n)+)", README, re.MULTILINE)
     for line, (pattern, label, columns, which) in zip(table.splitlines(), rows, strict=True):
         *_, method, paper, here = line.strip("| ").split(" | ")
-        found, of_paper = measured(f"{pattern}.json"), papers[pattern[:-3].removesuffix("-340")]
+        found = measured(f"{pattern}.json")
+        of_paper = papers[re.sub("(-340|-weight)?__.*", "", pattern)]
         script = label.partition(".py")[0]
         assert method.split(",")[0].lower() == script
         printed = [of_paper[script][metric][which]["columns"][name] for metric, name in columns]
@@ -216,8 +223,11 @@ def test_the_table_of_longer_training_on_mnist_svhn_is_that_of_results():
             assert_row(f"`{script}.py`, {epochs} epochs", cells)
 
 
-def test_the_table_of_mnist_with_labels_is_that_of_results():
-    found = measured("binary-mnist-label__*.json")
+@pytest.mark.parametrize("pattern, weight", [("", ""), ("-weight", ", with λ = 1")])
+def test_the_tables_of_mnist_with_labels_are_those_of_results(pattern, weight):
+    found = measured(f"binary-mnist-label{pattern}__*.json")
+    titles = "image → label, %", "label → image, %", "joint coherence, %", "log p(X)"
+    assert_row(f"N{weight}", titles)
     coherence = found["coherence from a subset to a target, %"]
     for label, columns in coherence.items():
         joint = found["joint coherence, %"][label]["joint"]
