@@ -496,8 +496,8 @@ def watch(writer, model, data, args, epoch):
 
 
 def in_words(modality, example):
-    """An example (n,) that is no picture as a line: a text's symbols, the names of the attributes that
-    are likelier there than not, else the first eight numbers."""
+    """An example (n,) that is no picture as a line: a text's symbols, the names of the attributes
+    that are likelier there than not, else the first eight numbers."""
     alphabet, categorical = modality.alphabet, modality.likelihood == "categorical"
     if not alphabet:
         return " ".join(f"{n:g}" if categorical else f"{n:.2f}" for n in example[:8].tolist())
