@@ -349,11 +349,13 @@ def folder_backgrounds(folder, size):
 def on_background(digits, background, rng):
     """Boolean digits (N, h, w) as inverted pixels of random crops of a background (H, W, 3), each
     crop of the digit's size; (N, 3, h, w) uint8 (Sutter et al. 2021, App. D.1)."""
-    windows = np.lib.stride_tricks.sliding_window_view(background, digits.shape[1:], axis=(0, 1))
+    planes = np.ascontiguousarray(background.transpose(2, 0, 1))  # rows of a crop in one piece
+    windows = np.lib.stride_tricks.sliding_window_view(planes, digits.shape[1:], axis=(1, 2))
+    windows = windows.transpose(1, 2, 0, 3, 4)
     top = rng.integers(windows.shape[0], size=len(digits))
     left = rng.integers(windows.shape[1], size=len(digits))
-    crops = windows[top, left]
-    return np.where(digits[:, None], 255 - crops, crops)
+    inverting = np.where(digits, 255, 0).astype(np.uint8)  # 255 - x is x ^ 255
+    return windows[top, left] ^ inverting[:, None]
 
 
 def poly_tuples(digits, labels, backgrounds, copies, rng):

@@ -255,12 +255,20 @@ class Contender:
         pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.process = subprocess.Popen(command, **pipes)
 
-    def seconds(self, repeat):
-        """Seconds a step, over `repeat` steps."""
+    def ask(self, repeat):
+        """Begin `repeat` steps."""
         print(repeat, file=self.process.stdin, flush=True)
+
+    def answer(self):
+        """Seconds a step, over the steps that were asked for."""
         if not (line := self.process.stdout.readline()):
             sys.exit(f"{' '.join(self.process.args[2:4])}: ended early, maybe for want of memory")
         return float(line)
+
+    def seconds(self, repeat):
+        """Seconds a step, over `repeat` steps."""
+        self.ask(repeat)
+        return self.answer()
 
     def end(self):
         """Ends the process; the peak of its memory in GB, the GPU's where there is one."""
@@ -299,14 +307,25 @@ def contenders_of(method, options):
     return found
 
 
-def measure(method, options, device):
+def begin(methods, options, device):
+    """{method: {name: contender}}, all of them begun side by side, so that they have compiled and
+    captured before the first window."""
+    begun = {m: {n: Contender(n, options) for n in contenders_of(m, options)} for m in methods}
+    everyone = [contender for of_one in begun.values() for contender in of_one.values()]
+    for contender in everyone:
+        contender.ask(4 if device.type == "cuda" else 1)
+    for contender in everyone:
+        contender.answer()
+    return begun
+
+
+def measure(method, contenders, options, device):
     """A row of results for each contender of a method, its operations a tuple, and the machine's
     matrix products per second."""
-    contenders = {name: Contender(name, options) for name in contenders_of(method, options)}
-    repeat = {}
-    for name, contender in contenders.items():
-        contender.seconds(4 if device.type == "cuda" else 1)  # compiles, captures
-        repeat[name] = max(1, round(options.seconds / contender.seconds(1)))
+    repeat = {
+        name: max(1, round(options.seconds / contender.seconds(1)))
+        for name, contender in contenders.items()
+    }
     windows, rates = {name: [] for name in contenders}, {"float32": [], "bf16": [], "copy": []}
     n = 8192 if device.type == "cuda" else 2048
     for _ in range(options.windows):
@@ -375,8 +394,11 @@ def main():
         "latent_dim": options.latent_dim,
         "methods": {},
     }
-    for method in options.methods:
-        result["methods"][method] = found = measure(method, options, device)
+    # A CPU's memory may hold those of one method only.
+    alike = [options.methods] if device.type == "cuda" else [[m] for m in options.methods]
+    contenders = (pair for methods in alike for pair in begin(methods, options, device).items())
+    for method, of_one in contenders:
+        result["methods"][method] = found = measure(method, of_one, options, device)
         rates = found["matrix_product_per_second"].items()
         print(f"{method}: {found['operations_per_tuple'] / 1e6:,.0f} million operations a tuple,")
         print(f"  {found['least_bytes_per_tuple'] / 1e6:.2f} MB to move at least; the machine has")
