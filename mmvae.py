@@ -72,9 +72,10 @@ def arguments(argv):
     add("--learn-prior", action=switch, default=False, help=about)
     add("--amsgrad", action=switch, default=False, help="Adam with AMSGrad, as in the paper")
     args = common.parse(p, argv, DEFAULTS)
-    if args.objective.startswith("dreg") and torch.__version__ < (2, 13):
+    hooked = args.objective.startswith("dreg") or args.objective == "elbo-is"
+    if hooked and torch.__version__ < (2, 13):
         if args.compile is True:
-            raise UserError("--compile: before PyTorch 2.13 it loses DReG's gradient")
+            raise UserError(f"--compile: --objective {args.objective} needs PyTorch 2.13 for it")
         args.compile = False
     return args
 

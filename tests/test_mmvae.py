@@ -410,15 +410,15 @@ def test_combinations_without_sense_are_refused(kwargs):
         MMVAE(modalities(2), 2, **kwargs)
 
 
-def test_dreg_is_not_compiled_where_that_would_lose_its_hook(monkeypatch):
+def test_hooks_are_not_compiled_where_that_would_lose_them(monkeypatch):
     options, version = ["--dataset", "mnist-svhn", "--objective"], type(torch.__version__)
     monkeypatch.setattr(torch, "__version__", version("2.13.0"))
     assert mmvae.arguments([*options, "dreg"]).compile == "auto"
     monkeypatch.setattr(torch, "__version__", version("2.12.1+cu130"))
     for objective in OBJECTIVES:
-        hooked = objective.startswith("dreg")
+        hooked = objective.startswith("dreg") or objective == "elbo-is"
         assert mmvae.arguments([*options, objective]).compile == (False if hooked else "auto")
-    with pytest.raises(UserError, match=r"--compile: before PyTorch 2\.13"):
+    with pytest.raises(UserError, match=r"--compile: --objective dreg needs PyTorch 2\.13"):
         mmvae.arguments([*options, "dreg", "--compile"])
 
 
