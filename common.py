@@ -425,7 +425,6 @@ def setup(args):
     tune_cpu()
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.backends.cudnn.benchmark = True  # shapes are fixed: worth finding the fastest kernels
     if args.batch_size % world:
         raise UserError(f"--batch-size {args.batch_size}: must divide among {world} processes")
     if world > 1:
@@ -646,6 +645,8 @@ class Streams(nn.Module):
 def accelerate(model, args, device, world, streams=False):
     """model(x, observed) as a fast callable: by `Streams` where the batches have them,
     DistributedDataParallel under torchrun, compiled with --compile."""
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True  # shapes stay: worth a search for the fastest kernels
     if streams:
         model = Streams(model)
     if world > 1:
@@ -660,10 +661,10 @@ def accelerate(model, args, device, world, streams=False):
     # Else the backward pass of what autocast leaves in float32 is traced in bfloat16.
     if hasattr(torch._functorch.config, "backward_pass_autocast"):
         torch._functorch.config.backward_pass_autocast = "off"
-    # Else PyTorch 2.11 overwrites a buffer too early: the gradients of SVAE's encoders are wrong.
-    torch._inductor.config.joint_graph_constant_folding = False
-    # Small operations that do not depend on each other in one kernel: a step of MoPoE's on PolyMNIST
-    # takes 2.2 ms of an H100 in place of 2.5.
+    # Else PyTorch 2.11 overwrites what it has yet to read: SVAE's encoders get wrong gradients.
+    torch._inductor.config.inplace_buffers = False
+    # On a GPU, small operations that do not need each other share a kernel: 2.2 ms a step of MoPoE
+    # on PolyMNIST in place of 2.5, on an H100.
     torch._inductor.config.combo_kernels = device.type == "cuda"
     return torch.compile(model)
 

@@ -54,7 +54,7 @@ def assert_equal(one, other, tolerance=1e-10):
 CONFIGURED = [
     (torch._dynamo.config, "optimize_ddp"),
     (torch._functorch.config, "backward_pass_autocast"),
-    (torch._inductor.config, "joint_graph_constant_folding"),
+    (torch._inductor.config, "inplace_buffers"),
     (torch._inductor.config, "combo_kernels"),
 ]
 HOOKED = ("dreg", "elbo-is")  # compiled from PyTorch 2.13 on
