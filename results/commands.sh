@@ -132,4 +132,9 @@ python benchmarks/throughput.py --methods mopoe mvae mmvae-k1 mmvae-k10 svae sva
     --json results/throughput_cpu.json
 python benchmarks/throughput.py --methods mmvae-k10 --modes float32 bf16 --windows 7 --seconds 2 \
     --json results/throughput_k10_cpu.json
+# On a GPU:
+python benchmarks/throughput.py --methods mopoe mvae --windows 3 --seconds 0.7 --json results/throughput_h100.json
+rm -rf runs/polymnist-300-h100__mopoe__0
+python mopoe.py --dataset polymnist --beta 2.5 --amp --no-eval --runs-dir runs/polymnist-300-h100__mopoe__0
+cp runs/polymnist-300-h100__mopoe__0/*/metrics.csv results/polymnist-300-h100__mopoe__0.csv
 python benchmarks/evaluation.py --modes bf16 --json results/evaluation_cpu.json

@@ -1,8 +1,10 @@
 """README's worked example and commands do what README says."""
 
+import csv
 import json
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 
@@ -300,3 +302,27 @@ def test_the_table_of_speed_is_that_of_results():
             assert cells[4] == f"{ours['times_the_peer']:.2f} ({half['times_the_peer']:.2f})"
         shares = [f"{100 * c['share_of_floor']:.0f} %" for c in (ours, half)]
         assert cells[5] == f"{shares[0]} ({shares[1]})"
+
+
+def test_the_table_of_a_gpu_is_that_of_results():
+    speed = json.loads((ROOT / "results" / "throughput_h100.json").read_text())["methods"]
+    for method, found in speed.items():
+        found = found["contenders"]
+        rates = {name: f"{row['tuples_per_second']:,.0f}" for name, row in found.items()}
+        shares = {name: f"{100 * row['share_of_floor']:.1f} %" for name, row in found.items()}
+        fast, slow = f"{method} {{}} compiled", f"{method} {{}}"
+        pairs = ((rates, fast), (shares, fast), (rates, slow))
+        cells = [f"{t[k.format('float32')]} ({t[k.format('bf16')]})" for t, k in pairs]
+        assert f"| `{method}.py` | {' | '.join(cells)} |" in README
+
+
+def test_the_300_epochs_are_as_their_log_has_them():
+    with open(ROOT / "results" / "polymnist-300-h100__mopoe__0.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    rates = [float(row["tuples_per_second"]) for row in rows]
+    seconds = [60_000 // 256 * 256 / rate for rate in rates]
+    assert len(rows) == 300
+    assert f"at {statistics.median(rates):,.0f} tuples/s (median)" in README
+    assert f"in {sum(seconds):.0f} s, {seconds[0]:.0f} of them in the first epoch" in README
+    for epoch in (1, 50, 100, 300):
+        assert f"{float(rows[epoch - 1]['objective']):,.1f}" in RESULTS
