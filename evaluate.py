@@ -921,9 +921,13 @@ def load_run(path):
     script, name = state["script"], state["class"]
     if not (str(script).isidentifier() and (Path(__file__).parent / f"{script}.py").is_file()):
         raise UserError(f"{path}: its script {script!r} is not a file beside evaluate.py")
-    method = getattr(importlib.import_module(script), str(name), None)
+    module = importlib.import_module(script)
+    method = getattr(module, str(name), None)
     if not (inspect.isclass(method) and method.__module__ == script):
         raise UserError(f"{path}: {script}.py does not define the class {name!r}")
+    if missing := vars(module.arguments([])).keys() - vars(args).keys():
+        names = ", ".join(sorted(missing))
+        raise UserError(f"{path}: is of another version of {script}.py, its options lack {names}")
     try:
         modalities = [Modality(**fields) for fields in state["modalities"]]
         model = method(modalities, **state["kwargs"])

@@ -565,6 +565,17 @@ def test_only_a_plain_module_that_defines_the_class_is_imported(
     one_line(capsys, fragment)
 
 
+def test_a_run_of_a_version_with_fewer_options_is_not_evaluated(finished, tmp_path, capsys):
+    path = Path(shutil.copytree(finished["svae"], tmp_path / "run"))
+    facts = json.loads((path / "args.json").read_text())
+    del facts["options"]["weights"]
+    (path / "args.json").write_text(json.dumps(facts))
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main([str(path)])
+    assert stop.value.code == 2
+    one_line(capsys, "another version of svae.py, its options lack weights")
+
+
 # ----------------------------------------------------------------------------------- mistakes
 
 NONSENSE = [
