@@ -112,11 +112,11 @@ for seed in 0 1 2; do
     run "binary-mnist-label-weight__mvae__${seed}__8" mvae --dataset binary-mnist-label --epochs 12 \
         --anneal-epochs 8 --seed "$seed" --weights label=1
 done
-run fashion-label-weight__mvae__0__1 mvae --dataset fashion-label --epochs 4 --anneal-epochs 0 \
-    --weights label=1
 for share in 1 0.1 0.01; do
     run "fashion-label__mvae__0__$share" mvae --dataset fashion-label --epochs 4 --anneal-epochs 0 \
         --supervision "$share"
+    run "fashion-label-weight__mvae__0__$share" mvae --dataset fashion-label --epochs 4 \
+        --anneal-epochs 0 --supervision "$share" --weights label=1
 done
 run multimnist__mvae__0 mvae --dataset multimnist --epochs 5 --anneal-epochs 0
 run celeba-attr__mvae__0 mvae --dataset celeba-attr --epochs 20 --anneal-epochs 4

@@ -114,7 +114,7 @@ def test_the_numbers_beside_the_papers_are_those_of_results():
     rows += [("mnist-svhn__*", "mmvae.py --K 10 --objective dreg", PAIRS, 0)]
     rows += [("mnist-svhn__*", "mmvae.py --K 10 --objective dreg-tight", PAIRS, 1)]
     rows += [("binary-mnist-label-340__*", "mvae.py", LOG_P, 0)]
-    rows += [("fashion-label-weight__*", "mvae.py", [LABEL], -1)]
+    rows += [("fashion-label-weight__*", "mvae.py --supervision 1.0", [LABEL], -1)]
     rows += [("multimnist__*", "mvae.py", [DIGITS], -1)]  # of the shares the last
     rows += [("celeba-attr__*", "mvae.py", OF_FACES, 0)]
     (table,) = re.findall(r"^\| data, paper .*\n\|.*\n((?:\|.*\n)+)", README, re.MULTILINE)
@@ -239,21 +239,27 @@ def test_the_tables_of_mnist_with_labels_are_those_of_results(pattern, weight):
 
 
 def test_the_table_of_few_labels_is_that_of_results_and_of_the_paper():
-    found, columns = measured("fashion-label__*.json"), []
+    found, weighted = (measured(f"fashion-label{name}__*.json") for name in ("", "-weight"))
+    columns = []
     papers = json.loads(evaluate.PAPERS.read_text())["fashion-label"]["mvae"]
     metric = "labels and texts generated as they are, %"
     for share in (1.0, 0.1, 0.01):
-        of = {name: rows[f"mvae.py --supervision {share}"] for name, rows in found.items()}
+        label = f"mvae.py --supervision {share}"
+        of, of_one = ({m: t.get(label) for m, t in runs.items()} for runs in (found, weighted))
         (paper,) = [p for p in papers[metric] if p["options"]["supervision"] == [share]]
         columns.append(
             [
                 of[metric]["image → label"][0],
                 of["latent accuracy, %"]["image"][0],
                 of["log p(X), nats"]["image+label"][0],
+                of_one[metric]["image → label"][0],
+                of_one["latent accuracy, %"]["image"][0],
+                of_one["log p(X), nats"]["image+label"][0],
                 *paper["columns"]["image → label"],
             ]
         )
-    titles = "image → label, %", "image's latents, %", "log p(X)", "paper, image → label, %"
+    titles = ["image → label, %", "image's latents, %", "log p(X)"]
+    titles += [f"λ = 1, {title}" for title in titles] + ["paper, image → label, %"]
     for title, *values in zip(titles, *columns, strict=True):
         assert_row(title, [f"{value:.1f}" for value in values])
 
