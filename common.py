@@ -661,7 +661,7 @@ def accelerate(model, args, device, world, streams=False):
     # Else the backward pass of what autocast leaves in float32 is traced in bfloat16.
     if hasattr(torch._functorch.config, "backward_pass_autocast"):
         torch._functorch.config.backward_pass_autocast = "off"
-    # Else PyTorch 2.11 overwrites what it has yet to read: SVAE's encoders get wrong gradients.
+    # Else SVAE's encoders get wrong gradients from PyTorch 2.11.
     torch._inductor.config.inplace_buffers = False
     # On a GPU, small operations that do not need each other share a kernel: 2.2 ms a step of MoPoE
     # on PolyMNIST in place of 2.5, on an H100.
