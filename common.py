@@ -255,6 +255,10 @@ def command(main):
             fail(error)
         except torch.OutOfMemoryError:
             fail("the GPU's memory is full; training needs less with a smaller --batch-size")
+        except RuntimeError as error:
+            if "can't allocate memory" not in str(error):  # a CPU's has no class of its own
+                raise
+            fail(f"the memory is full; it takes less with smaller options: {error}")
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
             raise SystemExit(1) from None

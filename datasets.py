@@ -38,17 +38,16 @@ from common import Modality, UserError, replace
 # What the papers that have a data set train it with, wherever a method has no setting of its own.
 MVAE_ON_MNIST = dict(epochs=500, batch_size=100, lr=1e-3, latent_dim=64)
 MVAE_ON_CELEBA = dict(epochs=100, batch_size=100, lr=1e-4, latent_dim=100)
-MOPOE_ON_SVHN = dict(epochs=150, batch_size=256, lr=1e-3, latent_dim=20, beta=5.0)
 OWN_ON_DIGITS = dict(epochs=100, batch_size=64, lr=1e-3, latent_dim=16)
 SETTINGS = {
     "polydigits": dict(epochs=30, batch_size=64, lr=2e-3, latent_dim=32),  # tuned here
     # Sutter et al. 2021, App. D.2, C.2 and E.2; the released scripts have lr 5e-4 on PolyMNIST, and
     # 200 epochs and β 2.5 on MNIST-SVHN-Text.
     "polymnist": dict(epochs=300, batch_size=256, lr=1e-3, latent_dim=512, beta=2.5),
-    "mnist-svhn-text": MOPOE_ON_SVHN,
-    "mnist-svhn": MOPOE_ON_SVHN,
+    "mnist-svhn-text": dict(epochs=150, batch_size=256, lr=1e-3, latent_dim=20, beta=5.0),
+    "mnist-svhn": dict(epochs=30, batch_size=128, lr=1e-3, latent_dim=20),  # Shi et al. 2019
     "celeba-text": dict(epochs=200, batch_size=256, lr=5e-4, latent_dim=64, beta=2.5),
-    # Kutuzova et al. 2021, App. F.
+    # Kutuzova et al. 2021, App. F, which names no batch size; the released code has 100.
     "mnist-split": dict(epochs=200, batch_size=128, lr=2e-4, latent_dim=64),
     "mnist-split-3": dict(epochs=50, batch_size=128, lr=2e-4, latent_dim=64),
     # Wu & Goodman 2018, supplement, Section 1.
@@ -971,13 +970,14 @@ def tensor_file(args):
             arrays = {key: file[key] for key in file.files}
     except FileNotFoundError:
         raise UserError(f"--dataset {path}: there is no such file") from None
-    except (ValueError, zipfile.BadZipFile, EOFError, zlib.error) as error:
+    except (ValueError, TypeError, zipfile.BadZipFile, EOFError, zlib.error) as error:
         raise UserError(f"--dataset {path}: is no .npz file of arrays ({error})") from None
     kinds, parts = {"u": np.int64, "i": np.int64, "f": np.float32}, ({}, {})
     for key, a in arrays.items():
         for prefix, part in zip(("train/", "test/"), parts, strict=True):
             if key.startswith(prefix):
                 require(a.dtype.kind in kinds, f"{key} is {a.dtype}, must be numbers")
+                require(np.isfinite(a).all(), f"{key} has values that are not finite")
                 wanted = a.dtype if a.dtype == np.uint8 else kinds[a.dtype.kind]
                 part[key.removeprefix(prefix)] = a.astype(wanted)
     demand = "must hold train/NAME and test/NAME of two modalities, train/labels and test/labels"
@@ -993,12 +993,13 @@ def tensor_file(args):
         require(len({t.dtype for t in both}) == 1, f"train/{name} and test/{name} differ in type")
         if a.dtype == np.int64:
             most = max(int(t.max(initial=1)) for t in both)
+            require(most < 2**16, f"{name} has {most}, categories end at {2**16 - 1}; else floats")
             kind = dict(likelihood="categorical", categories=1 + most, network="mlp")
         else:
             require(a.ndim > 1, f"train/{name} is {a.shape}, must be (N, …); a class is int64")
-            image = a.ndim == 4
+            image = a.ndim == 4 or (a.ndim == 3 and a.dtype == np.uint8)
             demand = f"train/{name} is {a.shape}, images must be (N, 1 or 3, height, width)"
-            require(not image or a.shape[1] in (1, 3), demand)
+            require(not image or (a.ndim == 4 and a.shape[1] in (1, 3)), demand)
             kind = dict(scale=1.0, likelihood="normal") if a.dtype == np.float32 else {}
             kind["network"] = "conv" if image else "mlp"
         modalities.append(Modality(name, a.shape[1:], **kind))

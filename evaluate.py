@@ -968,14 +968,16 @@ def main(argv=None):
     p.error = fail
     options = p.parse_args(argv)
     tune_cpu()
-    models, compared = {}, []
-    for run in options.runs:
+    models, compared, files = {}, [], dict.fromkeys(options.runs)
+    for run in files:  # before one is evaluated, which takes long
+        files[run] = read_results(run) if run.endswith(".json") else load_run(run)
+    for run, content in files.items():
         if run.endswith(".json"):
             if options.side_by_side:
                 raise UserError(f"--side-by-side: needs folders of runs, {run} has no model")
-            compared.append(read_results(run))
+            compared.append(content)
             continue
-        model, modalities, args = load_run(run)
+        model, modalities, args = content
         args.data_dir = options.data_dir or args.data_dir
         args.cache_dir = options.cache_dir or args.cache_dir
         if options.side_by_side:

@@ -52,9 +52,9 @@ DEFAULTS = datasets.settings(
     {
         # Each of the many posteriors is held to those of the smaller sets and to the prior.
         "polydigits": dict(epochs=10, batch_size=16, lr=1e-3, beta=0.5, joint="poe"),
-        # App. F.
+        # App. F, which names no batch sizes; the released code has 100 and 256.
         "cub": dict(epochs=200, lr=1e-4),
-        "mnist-svhn": dict(epochs=50, batch_size=128, beta=1.0),
+        "mnist-svhn": dict(epochs=50),
     }
 )
 MOST_MODALITIES = 6  # the terms, and the joint networks, double with each
@@ -221,7 +221,8 @@ class VAEVAE(nn.Module):
 
 class JointEncoder(nn.Module):
     """q(z|x_S) of a subset, with encoders of its own: their features side by side, a layer, and the
-    parameters (App. F, with one layer more, as in the released code)."""
+    parameters. App. F has the layer of each modality, the released code the one behind; here are
+    both."""
 
     def __init__(self, modalities, out_dim, hidden=512):
         super().__init__()

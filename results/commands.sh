@@ -1,7 +1,8 @@
 #!/bin/sh
-# All of this folder but papers.json, made anew from the repository's root: days on two CPU cores.
-# MNIST must be in $MULTIMODAL_DATA (or data/). Each block can be run alone. The results were made by
-# these commands one by one, not by this script in one go.
+# This folder's results, made anew from the repository's root: days on two CPU cores. MNIST must be in
+# $MULTIMODAL_DATA (or data/), for the blocks that name them FashionMNIST, SVHN and CelebA too; those of
+# which a part was at hand, SVHN and CelebA, give other numbers whole. Each block can be run alone. The
+# results were made by these commands one by one, not by this script in one go.
 set -e
 
 # run NAME SCRIPT OPTION... trains in runs/NAME, emptied first; keeps the results as results/NAME.json
@@ -61,6 +62,9 @@ for share in 1 0.1 0.01 0.001; do
 done
 python evaluate.py results/mnist-split__*.json --against supervision \
     --figure results/mnist-split_by_supervision.png
+run mnist-split-streams__mopoe__0 mopoe --dataset mnist-split --supervision 0.99999 --epochs 6
+run mnist-split-elbo-is__mmvae__0 mmvae --dataset mnist-split --objective elbo-is --K 1 \
+    --distribution laplace --scales free --amsgrad --latent-dim 20 --lr 1e-3 --batch-size 256 --epochs 6
 run mnist-split-tight__mmvae__0 mmvae --dataset mnist-split --distribution laplace --scales sum \
     --learn-prior --amsgrad --objective iwae-tight --K 10 --epochs 6 --amp
 
@@ -106,12 +110,18 @@ for seed in 0 1 2; do
             --epochs 12 --anneal-epochs "$annealed" --seed "$seed" --amp
     done
 done
-run binary-mnist-label-weight__mvae__0__0 mvae --dataset binary-mnist-label --epochs 12 \
+run binary-mnist-label-weight-1__mvae__0__0 mvae --dataset binary-mnist-label --epochs 12 \
     --anneal-epochs 0 --weights label=1
 for seed in 0 1 2; do
-    run "binary-mnist-label-weight__mvae__${seed}__8" mvae --dataset binary-mnist-label --epochs 12 \
-        --anneal-epochs 8 --seed "$seed" --weights label=1
+    for weight in 1 2 3; do
+        run "binary-mnist-label-weight-${weight}__mvae__${seed}__8" mvae --dataset binary-mnist-label \
+            --epochs 12 --anneal-epochs 8 --seed "$seed" --weights "label=$weight"
+    done
 done
+run binary-mnist-label-weight-10__mvae__0__8 mvae --dataset binary-mnist-label --epochs 12 \
+    --anneal-epochs 8 --weights label=10
+run binary-mnist-label-weight-3-100__mvae__0 mvae --dataset binary-mnist-label --epochs 100 \
+    --anneal-epochs 60 --weights label=3
 for share in 1 0.1 0.01; do
     run "fashion-label__mvae__0__$share" mvae --dataset fashion-label --epochs 4 --anneal-epochs 0 \
         --supervision "$share"
@@ -132,9 +142,9 @@ python benchmarks/throughput.py --methods mopoe mvae mmvae-k1 mmvae-k10 svae sva
     --json results/throughput_cpu.json
 python benchmarks/throughput.py --methods mmvae-k10 --modes float32 bf16 --windows 7 --seconds 2 \
     --json results/throughput_k10_cpu.json
-# On a GPU:
+python benchmarks/evaluation.py --modes bf16 --json results/evaluation_cpu.json
+# throughput_epyc.json, of another machine, says its command. On a GPU:
 python benchmarks/throughput.py --methods mopoe mvae --windows 3 --seconds 0.7 --json results/throughput_h100.json
 rm -rf runs/polymnist-300-h100__mopoe__0
 python mopoe.py --dataset polymnist --beta 2.5 --amp --no-eval --runs-dir runs/polymnist-300-h100__mopoe__0
 cp runs/polymnist-300-h100__mopoe__0/*/metrics.csv results/polymnist-300-h100__mopoe__0.csv
-python benchmarks/evaluation.py --modes bf16 --json results/evaluation_cpu.json

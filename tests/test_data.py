@@ -797,6 +797,12 @@ def test_a_files_arrays_become_modalities(tmp_path):
             {f"{p}/photo": np.zeros((n, 9, 12, 3)) for p, n in (("train", 24), ("test", 12))},
             r"train/photo is \(24, 9, 12, 3\), images must be \(N, 1 or 3, height, width\)",
         ),
+        (
+            {f"{p}/photo": np.zeros((n, 9, 9), np.uint8) for p, n in (("train", 24), ("test", 12))},
+            r"train/photo is \(24, 9, 9\), images must be \(N, 1 or 3, height, width\)",
+        ),
+        ({"test/sound": np.full((12, 7), np.nan)}, "test/sound has values that are not finite"),
+        ({"train/word": np.full((24, 4), 2**40)}, f"word has {2**40}, categories end at 65535"),
     ],
 )
 def test_faults_of_a_file_are_named(tmp_path, changed, match):
@@ -814,6 +820,10 @@ def test_a_file_that_is_none_is_named(tmp_path):
         with pytest.raises(UserError, match="own.npz: (there is no such|is no .npz) file"):
             datasets.load(options(tmp_path, dataset=str(path)))
     np.savez(path, **{"train/x": np.array([{}])})  # a pickle, which is never loaded
+    with pytest.raises(UserError, match=r"is no .npz file of arrays"):
+        datasets.load(options(tmp_path, dataset=str(path)))
+    np.save(tmp_path / "one.npy", np.zeros(3))
+    (tmp_path / "one.npy").rename(path)
     with pytest.raises(UserError, match=r"is no .npz file of arrays"):
         datasets.load(options(tmp_path, dataset=str(path)))
 

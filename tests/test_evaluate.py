@@ -735,6 +735,18 @@ def test_mistakes_in_a_comparison_are_one_line(tmp_path, capsys):
     fails([str(tmp_path / "0.json"), "--side-by-side", "x.png"], "--side-by-side: needs")
 
 
+def test_a_run_that_is_named_twice_counts_once(tmp_path, capsys):
+    evaluate.main(2 * write(tmp_path, made()))
+    assert "±" not in capsys.readouterr().out
+
+
+def test_what_is_missing_is_named_before_anything_is_evaluated(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "load_run", lambda path: 3 * [None])
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main(["run", str(tmp_path / "none.json")])
+    assert stop.value.code == 2
+
+
 def test_who_stops_reading_a_table_sees_no_error():
     """As `| head` does."""
     files = sorted(map(str, (ROOT / "results").glob("polydigits__m*.json")))

@@ -455,7 +455,7 @@ def test_the_proposal_of_a_log_likelihood_is_the_mixtures_density(float64):
 
 
 def test_the_loose_bound_is_the_default():
-    """Fault 5: the released code trains the tight bound unless told otherwise."""
+    """Fault 5: the released code's IWAE and DReG are the tight ones unless told otherwise."""
     assert MMVAE(modalities(2), 2).objective_name == "iwae"
     defaults = mmvae.arguments(["--dataset", "polymnist"])
     assert (defaults.objective, defaults.K, defaults.distribution) == ("elbo", 1, "normal")

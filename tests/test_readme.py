@@ -17,7 +17,7 @@ README = (ROOT / "README.md").read_text()
 RESULTS = (ROOT / "results" / "README.md").read_text()
 SCRIPTS = ("mvae", "mmvae", "mopoe", "svae", "vaevae")
 
-FORK, FILE = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+TRAINED, FORK, FILE = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 def python(folder, *arguments):
@@ -42,6 +42,10 @@ def test_the_fork_of_readme_trains_and_evaluates(tmp_path):
     assert json.loads(results)["latent_accuracy/left+right"] > 0.7
     assert python(tmp_path, "evaluate.py", f"runs/{run.name}") == out.split("run:")[0]
     assert (run / "results.json").read_text() == results
+    trained = TRAINED.replace("runs/RUN", f"runs/{run.name}").replace('"m1"', '"left"')
+    assert python(tmp_path, "-c", trained + "print(images['right'].shape)").endswith(
+        "torch.Size([8, 1, 8, 4])\n"
+    )
 
 
 def test_the_file_of_readme_trains(tmp_path):
@@ -225,17 +229,26 @@ def test_the_table_of_longer_training_on_mnist_svhn_is_that_of_results():
             assert_row(f"`{script}.py`, {epochs} epochs", cells)
 
 
-@pytest.mark.parametrize("pattern, weight", [("", ""), ("-weight", ", with λ = 1")])
-def test_the_tables_of_mnist_with_labels_are_those_of_results(pattern, weight):
-    found = measured(f"binary-mnist-label{pattern}__*.json")
+@pytest.mark.parametrize(
+    "pattern, row",
+    [
+        ("__*__0", "0"),
+        ("__*__8", "8"),
+        *((f"-weight-{weight}__*__8", f"{weight}") for weight in (1, 2, 3, 10)),
+        ("__*__8", "50, the table above"),
+        ("-weight-3-100__*", "3, 100 epochs, N = 60, one seed"),
+    ],
+)
+def test_the_tables_of_mnist_with_labels_are_those_of_results(pattern, row):
     titles = "image → label, %", "label → image, %", "joint coherence, %", "log p(X)"
-    assert_row(f"N{weight}", titles)
-    coherence = found["coherence from a subset to a target, %"]
-    for label, columns in coherence.items():
-        joint = found["joint coherence, %"][label]["joint"]
-        log_p = found["log p(X), nats"][label]["image+label"]
-        cells = [evaluate.plus_minus(*value) for value in (*columns.values(), joint, log_p)]
-        assert_row(label.removeprefix("mvae.py --anneal-epochs "), cells)
+    assert_row("N", titles)
+    assert_row("λ, N = 8", titles)
+    found = measured(f"binary-mnist-label{pattern}.json")
+    (columns,) = found["coherence from a subset to a target, %"].values()
+    (joint,) = found["joint coherence, %"].values()
+    (log_p,) = found["log p(X), nats"].values()
+    values = (*columns.values(), joint["joint"], log_p["image+label"])
+    assert_row(row, [evaluate.plus_minus(*value) for value in values])
 
 
 def test_the_table_of_few_labels_is_that_of_results_and_of_the_paper():

@@ -543,6 +543,19 @@ def test_a_bad_checkpoint_is_refused_in_one_line(
     assert not (tmp_path / "code-was-run").exists()
 
 
+def test_memory_that_is_not_there_is_one_line(capsys):
+    with pytest.raises(SystemExit) as stop:
+        common.command(lambda argv: torch.empty(2**60, dtype=torch.uint8))()
+    assert stop.value.code == 2
+    one_line(capsys, "the memory is full")
+
+    def fault(argv):
+        raise RuntimeError("of our own")
+
+    with pytest.raises(RuntimeError, match="of our own"):
+        common.command(fault)()
+
+
 @pytest.mark.parametrize(
     "fields, fragment",
     [
