@@ -393,11 +393,9 @@ def polydigits(args):
     # is in both splits.
     once = np.sort(np.unique(digits.reshape(len(digits), -1), axis=0, return_index=True)[1])
     digits, labels = digits[once], labels[once]
-    fixed = np.random.RandomState(0)
-    parts = train_test_split(digits, labels, test_size=300, stratify=labels, random_state=fixed)
-    train, test, train_labels, test_labels = parts
+    train, test = held_out(digits, labels)
     source = "scikit-learn's digits on scikit-learn's photographs and generated backgrounds"
-    parts = ((train, train_labels, 4), (test, test_labels, 2))
+    parts = (*train, 4), (*test, 2)
     return poly_data(parts, sample_backgrounds(), args.data_seed, source)
 
 
@@ -663,7 +661,11 @@ def for_training(parts, which):
 def small_digits():
     """scikit-learn's digits, ((train images, labels), (test images, labels)), (N, 8, 8) uint8."""
     images, labels = load_digits(return_X_y=True)
-    images = (255 / 16 * images).round().astype(np.uint8).reshape(-1, 8, 8)
+    return held_out((255 / 16 * images).round().astype(np.uint8).reshape(-1, 8, 8), labels)
+
+
+def held_out(images, labels):
+    """((train images, labels), (test images, labels)), 300 to test, stratified by class."""
     split = train_test_split(images, labels, test_size=300, stratify=labels, random_state=0)
     train, test, train_labels, test_labels = split
     return (train, train_labels), (test, test_labels)
@@ -681,6 +683,7 @@ def labelled(parts, network, source):
 
 # The 71 symbols of the released code of Sutter et al. 2021, in an order of our own.
 ALPHABET = string.ascii_lowercase + string.digits + string.punctuation + " \t\n"
+SYMBOLS = dict(categories=len(ALPHABET), alphabet=ALPHABET)
 DIGIT_NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 
 
@@ -706,13 +709,7 @@ def digit_pairs(args, networks):
     modalities = {
         "mnist": dict(shape=(1, 28, 28), weight=3072 / 784),
         "svhn": dict(shape=(3, 32, 32)),
-        "text": dict(
-            shape=(8,),
-            likelihood="categorical",
-            weight=3072 / 8,
-            categories=len(ALPHABET),
-            alphabet=ALPHABET,
-        ),
+        "text": dict(shape=(8,), likelihood="categorical", weight=3072 / 8, **SYMBOLS),
     }
     modalities = [Modality(name, network=net, **modalities[name]) for name, net in networks.items()]
     splits = []
@@ -812,10 +809,9 @@ def celeba_text(args):
             text = ("*" * rng.integers(257 - len(text)) + text).ljust(256, "*")
             texts.append([symbol[s] for s in text])
         splits.append(({"image": x, "text": np.array(texts, np.uint8)}, labels))
-    kind = dict(categories=len(ALPHABET), alphabet=ALPHABET)
     modalities = [
         Modality("image", (3, 64, 64), network="residual-image"),
-        Modality("text", (256,), "categorical", weight=48.0, network="residual-text", **kind),
+        Modality("text", (256,), "categorical", weight=48.0, network="residual-text", **SYMBOLS),
     ]
     return from_tensors(*splits, modalities, source)
 

@@ -495,6 +495,7 @@ def watch(writer, model, data, args, epoch):
     index = {name: i[rows] for name, i in data.train.index.items()}
     labels = data.train.labels[rows]
     part = dataclasses.replace(data.train, labels=labels, index=index, observed=None)
+    torch.manual_seed(0)  # for pixels that are drawn
     for name, value in evaluate(model, dataclasses.replace(data, test=part), args).items():
         writer.add_scalar(f"train/{name}", value, epoch)
     model.train()
@@ -612,7 +613,7 @@ def draw_latents(folder, model, test, seed=0):
     left.set_xlabel("latent dimension, the most used first")
     left.set_ylabel("KL, nats")
     left.legend(fontsize=8)
-    axes = PCA(2).fit_transform(representation(model.posterior(x)).float().cpu())
+    axes = PCA(2, random_state=0).fit_transform(representation(model.posterior(x)).float().cpu())
     points = right.scatter(*axes.T, c=labels.view(len(axes), -1)[:, 0].cpu(), cmap="tab10", s=8)
     right.legend(*points.legend_elements(), fontsize=8, title="class")
     right.set_title("mean given all", fontsize=10)

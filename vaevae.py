@@ -221,8 +221,8 @@ class VAEVAE(nn.Module):
 
 class JointEncoder(nn.Module):
     """q(z|x_S) of a subset, with encoders of its own: their features side by side, a layer, and the
-    parameters. App. F has the layer of each modality, the released code the one behind; here are
-    both."""
+    parameters. App. F has the layer of each modality, the released code on MNIST-Split the one
+    behind; here are both."""
 
     def __init__(self, modalities, out_dim, hidden=512):
         super().__init__()

@@ -1,8 +1,8 @@
 #!/bin/sh
 # This folder's results, made anew from the repository's root: days on two CPU cores. MNIST must be in
-# $MULTIMODAL_DATA (or data/), for the blocks that name them FashionMNIST, SVHN and CelebA too; those of
-# which a part was at hand, SVHN and CelebA, give other numbers whole. Each block can be run alone. The
-# results were made by these commands one by one, not by this script in one go.
+# $MULTIMODAL_DATA (or data/), for the blocks that name them FashionMNIST, SVHN and CelebA too. Of SVHN
+# and CelebA a part was at hand: with all of them the numbers will differ. Each block can be run alone.
+# The results were made by these commands one by one, not by this script in one go.
 set -e
 
 # run NAME SCRIPT OPTION... trains in runs/NAME, emptied first; keeps the results as results/NAME.json

@@ -747,6 +747,33 @@ def test_what_is_missing_is_named_before_anything_is_evaluated(tmp_path, monkeyp
     assert stop.value.code == 2
 
 
+def test_latents_are_drawn_alike_each_time(tmp_path):
+    """Of more than 500 dimensions the principal components are found by random projections."""
+    wide = [Modality(f"x{i}", (600,), "normal", network="linear") for i in range(2)]
+    torch.manual_seed(0)
+    part = {m.name: torch.randn(300, 600) for m in wide}, torch.arange(300) % 3
+    test, model = datasets.from_tensors(part, part, wide).test, MoPoE(wide, 600)
+    pictures = []
+    for seed in (1, 2):
+        np.random.seed(seed)  # scikit-learn's, where it is given none
+        with torch.no_grad():
+            evaluate.draw_latents(tmp_path, model, test)
+        pictures.append((tmp_path / "latents.png").read_bytes())
+    assert pictures[0] == pictures[1]
+
+
+def test_what_is_watched_in_training_is_the_same_each_time(monkeypatch):
+    """Pixels that are drawn included."""
+    data, seen = datasets.digits_label(None), []
+    data = dataclasses.replace(data, train=dataclasses.replace(data.train, drawn=True))
+    shown = lambda model, data, args: seen.append(data.test.batch(torch.arange(50))[0]) or {}
+    monkeypatch.setattr(evaluate, "evaluate", shown)
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        evaluate.watch(None, nn.Identity(), data, None, 1)
+    assert seen[0]["image"].equal(seen[1]["image"])
+
+
 def test_who_stops_reading_a_table_sees_no_error():
     """As `| head` does."""
     files = sorted(map(str, (ROOT / "results").glob("polydigits__m*.json")))
