@@ -16,11 +16,8 @@ import math
 import os
 import re
 import string
-import struct
-import urllib.error
 import urllib.request
 import zipfile
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,8 +25,7 @@ import numpy as np
 import scipy.io
 import torch
 import torchvision
-from PIL import Image, UnidentifiedImageError
-from scipy.io.matlab import MatReadError
+from PIL import Image
 from sklearn.datasets import load_digits, load_sample_images
 from sklearn.model_selection import train_test_split
 
@@ -101,11 +97,6 @@ class Split:
             digest.update(t.cpu().contiguous().numpy())
         return digest.hexdigest()
 
-    def image(self, t):
-        """Pixels in 0 … 255 as floats in [0, 1], or drawn."""
-        brightness = t.float() / 255
-        return torch.bernoulli(brightness) if self.drawn else brightness
-
     def batch(self, rows):
         """The tuples `rows` (B,) as (x, observed): x[name] (B, *shape), images in [0, 1]; observed
         is None where nothing is missing, else a (B, M) mask in the order of `tensors`. With streams
@@ -114,7 +105,10 @@ class Split:
         x, (complete, *alone) = {}, rows.chunk(len(self.streams) or 1)
         for i, (name, t) in enumerate(self.tensors.items()):
             t = t[self.index[name][torch.cat([complete, *alone[i : i + 1]])]]
-            x[name] = self.image(t) if t.dtype == torch.uint8 else t
+            if t.dtype == torch.uint8:
+                t = t.float() / 255
+                t = torch.bernoulli(t) if self.drawn else t
+            x[name] = t
         return x, None if alone or self.observed is None else self.observed[rows]
 
 
@@ -129,6 +123,12 @@ class Data:
     strips: bool = False
 
 
+def require(holds, message):
+    """Raises UserError with the message unless a condition holds."""
+    if not holds:
+        raise UserError(message)
+
+
 def from_tensors(train, test, modalities, source="tensors"):
     """Data from two pairs (tensors, labels): a dict of tensors (N, *shape), one row a tuple, and
     integer labels (N,) from 0 on. With a third, the index {name: (N,)}, tensors hold each example
@@ -136,33 +136,27 @@ def from_tensors(train, test, modalities, source="tensors"):
     modalities."""
     splits, names = [], {m.name for m in modalities}
     for part, (tensors, labels, *index) in (("train", train), ("test", test)):
-        labels = torch.as_tensor(labels).long()
-        if not len(labels):
-            raise UserError(f"{source}: {part} is empty")
+        labels, part = torch.as_tensor(labels).long(), f"{source}: {part}"
+        require(len(labels) > 1, f"{part} has {len(labels)} tuples, must have at least 2")
         rows = dict.fromkeys(names, torch.arange(len(labels)))
         rows |= {name: torch.as_tensor(i).long() for given in index for name, i in given.items()}
         for found in (tensors.keys(), rows.keys()):
-            if found != names:
-                raise UserError(f"{source}: {part} has {sorted(found)}, not the modalities' names")
+            require(found == names, f"{part} has {sorted(found)}, not the modalities' names")
         tensors = {m.name: torch.as_tensor(tensors[m.name]).contiguous() for m in modalities}
         for m in modalities:
             t, i = tensors[m.name], rows[m.name]
             expected = (len(t) if index else len(labels), *m.shape)
-            if tuple(t.shape) != expected:
-                raise UserError(
-                    f"{source}: {part}/{m.name} is {tuple(t.shape)}, must be {expected}"
-                )
-            if i.shape != labels.shape[:1] or i.min() < 0 or i.max() >= len(t):
-                raise UserError(
-                    f"{source}: {part}'s index of {m.name} must have {len(labels)} numbers below "
-                    f"{len(t)}, one a tuple"
-                )
+            require(t.shape == expected, f"{part}/{m.name} is {tuple(t.shape)}, must be {expected}")
+            demand = f"must have {len(labels)} numbers below {len(t)}, one a tuple"
+            fits = i.shape == labels.shape[:1] and i.min() >= 0 and i.max() < len(t)
+            require(fits, f"{part}'s index of {m.name} {demand}")
             if m.likelihood == "categorical":
                 tensors[m.name] = t = t.long()
-                if t.min() < 0 or t.max() >= m.categories:
-                    raise UserError(f"{source}: {part}/{m.name} must lie in 0 … {m.categories - 1}")
+                fits = t.min() >= 0 and t.max() < m.categories
+                require(fits, f"{part}/{m.name} must lie in 0 … {m.categories - 1}")
             elif t.dtype != torch.uint8:
-                tensors[m.name] = t.float()
+                tensors[m.name] = t = t.float()
+                require(t.isfinite().all(), f"{part}/{m.name} has values that are not finite")
         splits.append(Split(tensors, labels, rows))
     return Data(*splits, list(modalities), source)
 
@@ -170,7 +164,9 @@ def from_tensors(train, test, modalities, source="tensors"):
 def load(args):
     """The Data that the options of the group "data" name. Raises UserError in one line where
     something is missing or damaged."""
-    loader = tensor_file if args.dataset.endswith(".npz") else LOADERS[args.dataset]
+    loader = tensor_file if args.dataset.endswith(".npz") else LOADERS.get(args.dataset)
+    # Of the command line it is one of LOADERS, of an older run it may be gone.
+    require(loader, f"--dataset {args.dataset}: there is none of this name here")
     # Under torchrun the first process of each host downloads and decodes for the others.
     distributed = torch.distributed.is_initialized()
     first = os.environ.get("LOCAL_RANK", "0") == "0"
@@ -226,12 +222,12 @@ def with_streams(split, supervision, seed):
     complete = chosen[: round(supervision * len(split))]
     complete = complete[observed[complete].all(1)]
     streams = complete, *(seen.nonzero()[:, 0] for seen in observed.T)
-    if not all(map(len, streams)):
-        keep = "" if split.observed is None else " and --keep"
-        raise UserError(
-            f"--supervision {supervision}{keep}: leaves {len(complete)} of {len(split)} tuples "
-            f"complete, and {', '.join(map(str, map(len, streams[1:])))} examples of the modalities"
-        )
+    require(
+        all(map(len, streams)),
+        f"--supervision {supervision}{'' if split.observed is None else ' and --keep'}: leaves "
+        f"{len(complete)} of {len(split)} tuples complete, and "
+        f"{', '.join(map(str, map(len, streams[1:])))} examples of the modalities",
+    )
     return dataclasses.replace(split, streams=streams)
 
 
@@ -243,8 +239,7 @@ def epoch_order(split, batch_size, seed):
     shorter, begins again when it ends.
     """
     n, generator = len(split), torch.Generator().manual_seed(seed)
-    if batch_size > n:
-        raise UserError(f"--batch-size {batch_size}: must be at most {n}, the training tuples")
+    require(batch_size <= n, f"--batch-size {batch_size}: must be at most {n}, the training tuples")
     order = []
     for rows in split.streams or [torch.arange(n)]:
         passes = [
@@ -285,12 +280,9 @@ def absent(folder, name, files):
 
 
 def state_of(folder, files):
-    """The names, sizes and times of a folder's files as a hash, for what is cached of them."""
-    facts = [str(folder.resolve())]
-    for file in files:
-        status = file.stat()
-        facts.append((str(file.relative_to(folder)), status.st_size, status.st_mtime_ns))
-    return hashlib.sha256(repr(facts).encode()).hexdigest()
+    """The names, sizes and times of a folder's files, for what is cached of them."""
+    found = [(str(file.relative_to(folder)), file.stat()) for file in files]
+    return str(folder.resolve()), [(name, s.st_size, s.st_mtime_ns) for name, s in found]
 
 
 # ------------------------------------------------------------- digits on coloured backgrounds
@@ -308,12 +300,8 @@ def sample_backgrounds():
 
     discs = np.full((size, size, 3), 0.05)
     for _ in range(260):
-        center, radius, color = (
-            rng.uniform(0, 1, 2),
-            rng.uniform(0.01, 0.05),
-            rng.uniform(0, 0.5, 3),
-        )
-        discs[(row - center[0]) ** 2 + (column - center[1]) ** 2 < radius**2] = color
+        (y, x), radius = rng.uniform(0, 1, 2), rng.uniform(0.01, 0.05)
+        discs[(row - y) ** 2 + (column - x) ** 2 < radius**2] = rng.uniform(0, 0.5, 3)
 
     clouds = np.zeros((size, size, 3))
     for octave in range(2, 7):
@@ -332,17 +320,22 @@ def folder_backgrounds(folder, size):
         files = sorted(p for p in Path(folder).iterdir() if not p.name.startswith("."))
     except OSError as error:
         raise UserError(f"--backgrounds {folder}: {error.strerror}") from None
-    if not 2 <= len(files) <= 10:
-        raise UserError(f"--backgrounds {folder}: must hold 2 to 10 pictures, has {len(files)}")
-    pictures = []
-    for file in files:
-        try:
-            pictures.append(np.asarray(Image.open(file).convert("RGB")))
-        except (UnidentifiedImageError, OSError):
-            raise UserError(f"--backgrounds: {file} is not a picture") from None
-        if min(pictures[-1].shape[:2]) < size:
-            raise UserError(f"--backgrounds: {file} is smaller than {size}×{size} pixels")
+    demand = f"must hold 2 to 10 pictures, has {len(files)}"
+    require(2 <= len(files) <= 10, f"--backgrounds {folder}: {demand}")
+    pictures = [np.asarray(picture(file)) for file in files]
+    for file, pixels in zip(files, pictures, strict=True):
+        fits = min(pixels.shape[:2]) >= size
+        require(fits, f"--backgrounds: {file} is smaller than {size}×{size} pixels")
     return pictures
+
+
+def picture(path):
+    """The picture in a file, or in a file of a zip, in RGB."""
+    try:
+        with path.open("rb") as file:
+            return Image.open(file).convert("RGB")
+    except Exception as error:  # noqa: BLE001, damaged bytes end in any
+        raise UserError(f"{path} is missing, damaged or no picture ({error})") from None
 
 
 def on_background(digits, background, rng):
@@ -423,51 +416,36 @@ def authors_polymnist(place, cache_dir):
     """The authors' PolyMNIST, a folder or its zip with train/m0 … m4/<index>.<digit>.png inside and
     test likewise; the zip is read where it lies. Decoded once, then cached."""
     if place.is_dir():
-        files = sorted(place.rglob("*.png"))
-        names = [file.relative_to(place).as_posix() for file in files]
-
-        def read(name):
-            return (place / name).read_bytes()
-
+        files = pictures = sorted(place.rglob("*.png"))
     else:
-        files = [place]
         try:
             archive = zipfile.ZipFile(place)
         except zipfile.BadZipFile:
             raise UserError(f"{place}: is not a zip file") from None
-        names = sorted(n for n in archive.namelist() if n.endswith(".png"))
-        read = archive.read
-    found = {}  # (part, modality) -> {(index, digit): name}
-    for name in names:
-        *_, part, modality, file = ("", "", *name.split("/"))
-        try:
-            index, digit, _ = file.split(".")
-            found.setdefault((part, modality), {})[int(index), int(digit)] = name
-        except ValueError:
-            raise UserError(f"{place}: {name} is not named <index>.<digit>.png") from None
-    expected = [(part, f"m{m}") for part in ("train", "test") for m in range(5)]
-    for part, modality in expected:
-        if (part, modality) not in found:
-            raise UserError(f"{place}: has no {part}/{modality}/<index>.<digit>.png")
-        if found[part, modality].keys() != found[part, "m0"].keys():
-            raise UserError(f"{place}: {part}/{modality} and {part}/m0 hold different tuples")
+        files, pictures = [place], [zipfile.Path(archive, name) for name in archive.namelist()]
+    found = {(part, f"m{m}"): {} for part in ("train", "test") for m in range(5)}
+    for file in pictures:
+        *_, part, modality, name = ("", "", *Path(str(file)).parts)
+        match = re.fullmatch(r"(\d+)\.(\d)\.png", name)
+        if match and (part, modality) in found:
+            index, digit = map(int, match.groups())
+            found[part, modality][index, digit] = file
+    for (part, modality), tuples in found.items():
+        require(tuples, f"{place}: has no {part}/{modality}/<index>.<digit>.png")
+        alike = tuples.keys() == found[part, "m0"].keys()
+        require(alike, f"{place}: {part}/{modality} and {part}/m0 hold different tuples")
 
-    def picture(name):
-        try:
-            pixels = np.asarray(Image.open(io.BytesIO(read(name))).convert("RGB"))
-        except (UnidentifiedImageError, OSError, EOFError, zipfile.BadZipFile, zlib.error):
-            raise UserError(f"{place}: {name} is damaged") from None
-        if pixels.shape != (28, 28, 3):
-            raise UserError(f"{place}: {name} is {pixels.shape[:2]}, must be 28×28")
-        return pixels.transpose(2, 0, 1)
+    def pixels(file):
+        x = np.asarray(picture(file))
+        require(x.shape == (28, 28, 3), f"{file} is {x.shape[:2]}, must be 28×28")
+        return x.transpose(2, 0, 1)
 
     def decode():
         content = {}
-        for part, modality in expected:
-            tuples = sorted(found[part, modality].items())
-            stack = np.stack([picture(name) for _, name in tuples])
+        for (part, modality), tuples in found.items():
+            stack = np.stack([pixels(tuples[key]) for key in sorted(tuples)])
             content[f"{part}/{modality}"] = torch.from_numpy(stack)
-            content[f"{part}/labels"] = torch.tensor([digit for (_, digit), _ in tuples])
+            content[f"{part}/labels"] = torch.tensor([digit for _, digit in sorted(tuples)])
         return content
 
     content = cached(cache_dir, "polymnist", state_of(place.parent, files), decode)
@@ -506,17 +484,10 @@ def download_polymnist(root):
             temporary.rename(target)
         finally:
             temporary.unlink(missing_ok=True)
-    except (
-        urllib.error.URLError,
-        http.client.HTTPException,
-        TimeoutError,
-        json.JSONDecodeError,
-        KeyError,
-        StopIteration,
-    ) as error:
+    except (OSError, http.client.HTTPException, ValueError, KeyError, StopIteration) as error:
         raise UserError(
-            f"--download: {ZENODO_RECORD} cannot be read ({error}); put PolyMNIST.zip into {root} "
-            "by hand, or leave --download out"
+            f"--download: {ZENODO_RECORD} cannot be fetched ({error}); put PolyMNIST.zip into "
+            f"{root} by hand, or leave --download out"
         ) from None
 
 
@@ -544,50 +515,32 @@ def mnist(root, name):
     """((train images, labels), (test images, labels)) of MNIST or FashionMNIST as uint8 and int64
     arrays, and a word on which files these are; downloaded by torchvision, which checks the MD5
     sums, where the files are absent."""
-    dataset = getattr(torchvision.datasets, name)
-    raw = root / name / "raw"
-    idx = ("images-idx3-ubyte", "labels-idx1-ubyte")
-    files = {part: [raw / f"{part}-{kind}" for kind in idx] for part in ("train", "t10k")}
+    dataset, raw, parts, md5s = getattr(torchvision.datasets, name), root / name / "raw", [], []
+    kinds = "images-idx3-ubyte", "labels-idx1-ubyte"
+    files = {part: [raw / f"{part}-{kind}" for kind in kinds] for part in ("train", "t10k")}
     if not all(path.is_file() for pair in files.values() for path in pair):
         try:
             dataset(root, download=True)
         except (RuntimeError, OSError):
             raise absent(root, name, f"its four idx files into {raw}") from None
-    parts, found = [], []
     for part, pair in files.items():
-        images, labels = map(read_idx_header, pair, (2051, 2049))
-        if images[1:] != (28, 28) or images[0] != labels[0]:
-            raise UserError(f"{raw}: {part} has images of {images} for {labels} labels")
-        split = dataset(root, train=part == "train")
-        if split.targets.max() > 9:
-            raise UserError(f"{pair[1]}: has a label above 9")
-        parts.append((split.data.numpy(), split.targets.numpy()))
-        found += [hashlib.md5(path.read_bytes()).hexdigest() for path in pair]
-    return parts, named(name, [len(x) for x, _ in parts], tuple(found) == OFFICIAL[name])
+        try:
+            split = dataset(root, train=part == "train")
+        except Exception as error:  # noqa: BLE001, damaged bytes end in any
+            raise UserError(f"{raw}: {part}-… are no idx files, or damaged ({error})") from None
+        x, labels = split.data.numpy(), split.targets.numpy()
+        fits = x.shape == (len(labels), 28, 28)
+        require(fits, f"{raw}: {part} has images of {x.shape} for {len(labels)} labels")
+        require((labels <= 9).all(), f"{pair[1]}: has a label above 9")
+        parts.append((x, labels))
+        md5s += [hashlib.md5(path.read_bytes()).hexdigest() for path in pair]
+    return parts, named(name, [len(x) for x, _ in parts], tuple(md5s) == OFFICIAL[name])
 
 
 def named(name, sizes, official):
     """What to call files of this many training and test examples, official or not."""
     train, test = sizes
     return name if official else f"files in {name}'s format, not the official ({train:,}, {test:,})"
-
-
-def read_idx_header(path, magic):
-    """The dimensions of an uncompressed idx file of bytes, checked against its length."""
-    try:
-        with open(path, "rb") as file:
-            header = file.read(4 * (1 + magic % 256))
-        found, *dimensions = struct.unpack(f">{len(header) // 4}i", header)
-        if found != magic:
-            raise UserError(f"{path}: begins with {found}, must begin with {magic}")
-        expected = len(header) + int(np.prod(dimensions))
-        if path.stat().st_size != expected:
-            raise UserError(f"{path}: has {path.stat().st_size} bytes, its header says {expected}")
-    except (struct.error, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{path}: has no idx header") from None
-    return tuple(dimensions)
 
 
 # ---------------------------------------------------- images and their parts, labels or names
@@ -667,8 +620,7 @@ def small_digits():
 def held_out(images, labels):
     """((train images, labels), (test images, labels)), 300 to test, stratified by class."""
     split = train_test_split(images, labels, test_size=300, stratify=labels, random_state=0)
-    train, test, train_labels, test_labels = split
-    return (train, train_labels), (test, test_labels)
+    return split[::2], split[1::2]
 
 
 def labelled(parts, network, source):
@@ -706,12 +658,12 @@ def digit_pairs(args, networks):
     written = [(" " * i + DIGIT_NAMES[d]).ljust(8) for d in range(10) for i in range(places[d])]
     texts = np.array([[ALPHABET.index(symbol) for symbol in text] for text in written])
     first = np.cumsum(places) - places  # the text in which a name begins at 0
-    modalities = {
+    kinds = {
         "mnist": dict(shape=(1, 28, 28), weight=3072 / 784),
         "svhn": dict(shape=(3, 32, 32)),
         "text": dict(shape=(8,), likelihood="categorical", weight=3072 / 8, **SYMBOLS),
     }
-    modalities = [Modality(name, network=net, **modalities[name]) for name, net in networks.items()]
+    modalities = [Modality(name, network=net, **kinds[name]) for name, net in networks.items()]
     splits = []
     for part, pairings in enumerate((args.pairings, 1)):
         rng = np.random.default_rng((args.data_seed, part))
@@ -748,12 +700,12 @@ def svhn(root):
         try:
             content = scipy.io.loadmat(path)
             x, y = content["X"], content["y"].reshape(-1)
-        except (ValueError, TypeError, KeyError, OSError, zlib.error, MatReadError) as error:
+        except Exception as error:  # noqa: BLE001, damaged bytes end in any
             raise UserError(f"{path}: is no SVHN file, or damaged ({error})") from None
-        if x.shape != (32, 32, 3, len(y)) or x.dtype != np.uint8:
-            raise UserError(f"{path}: has images of {x.shape} in {x.dtype} for {len(y)} labels")
-        if set(np.unique(y)) != set(range(1, 11)):
-            raise UserError(f"{path}: must have each of the labels 1 … 10, has {np.unique(y)}")
+        fits = x.shape == (32, 32, 3, len(y)) and x.dtype == np.uint8
+        require(fits, f"{path}: has images of {x.shape} in {x.dtype} for {len(y)} labels")
+        digits = np.unique(y).tolist()
+        require(digits == [*range(1, 11)], f"{path}: must have the labels 1 … 10, has {digits}")
         parts.append((np.ascontiguousarray(x.transpose(3, 2, 0, 1)), y.astype(np.int64) % 10))
     return parts, named("SVHN", [len(x) for x, _ in parts], official)
 
@@ -863,30 +815,27 @@ def celeba(args, side):
     rows, parts = ([line.split() for line in lines_of(path) if line.strip()] for path in tables)
     header, rows = (rows[1:2] or [[]])[0], rows[2:]
     lacking = [name for name in ATTRIBUTES.split() if name not in header]
-    if lacking or not set("".join(header).lower()) <= set(ALPHABET):
-        among = ", among them " + ", ".join(lacking) if lacking else ""
-        raise UserError(f"{tables[0]}: the second line must name attributes, in ASCII{among}")
+    demand = f"{tables[0]}: the second line must name attributes, in ASCII"
+    require(not lacking, f"{demand}, among them {', '.join(lacking)}")
+    require(set("".join(header).lower()) <= set(ALPHABET), demand)
     for row in rows:
-        if len(row) != 1 + len(header) or not set(row[1:]) <= {"1", "-1"}:
-            raise UserError(f"{tables[0]}: the row of {row[0]} is not {len(header)} times 1 or -1")
-    if [(row[0], 2) for row in rows] != [(row[0], len(row)) for row in parts]:
-        raise UserError(f"{tables[1]}: must have each picture of {tables[0].name} and its part")
-    if not {"0", "2"} <= {part for _, part in parts} <= {"0", "1", "2"}:
-        raise UserError(f"{tables[1]}: the parts must be 0, 1 and 2, training and test among them")
+        fits = len(row) == 1 + len(header) and set(row[1:]) <= {"1", "-1"}
+        require(fits, f"{tables[0]}: the row of {row[0]} is not {len(header)} times 1 or -1")
+    fits = [(row[0], 2) for row in rows] == [(row[0], len(row)) for row in parts]
+    require(fits, f"{tables[1]}: must have each picture of {tables[0].name} and its part")
+    fits = {"0", "2"} <= {part for _, part in parts} <= {"0", "1", "2"}
+    require(fits, f"{tables[1]}: the parts must be 0, 1 and 2, training and test among them")
     attributes = np.array([row[1:] for row in rows]) == "1"
 
     def face(name):
-        try:
-            picture = Image.open(pictures / name).convert("RGB")
-        except (UnidentifiedImageError, OSError):
-            raise UserError(f"{pictures / name}: is missing or damaged") from None
-        if picture.size == (178, 218):
+        x = picture(pictures / name)
+        if x.size == (178, 218):
             left, top = (178 - side) // 2, (218 - side) // 2
-            picture = picture.crop((left, top, left + side, top + side))
-            picture = picture.resize((64, 64), Image.Resampling.BICUBIC)
-        if picture.size != (64, 64):
-            raise UserError(f"{pictures / name}: is {picture.size}, must be 178×218 or 64×64")
-        return np.asarray(picture).transpose(2, 0, 1)
+            x = x.crop((left, top, left + side, top + side))
+            x = x.resize((64, 64), Image.Resampling.BICUBIC)
+        fits = x.size == (64, 64)
+        require(fits, f"{pictures / name} is {x.size}, must be 178×218 or 64×64")
+        return np.asarray(x).transpose(2, 0, 1)
 
     def decode():
         return {"faces": torch.from_numpy(np.stack([face(name) for name, _ in parts]))}
@@ -929,8 +878,8 @@ def cub(args):
         except Exception as error:  # noqa: BLE001, bytes that are no pickle end in any
             raise UserError(f"{tensor}: is no saved tensor, or damaged ({error})") from None
         found = getattr(features[-1], "shape", type(features[-1]).__name__)
-        if found != (len(lines) // 10, 2048) or len(lines) % 10:
-            raise UserError(f"{tensor}: has {found} for {len(lines)} captions, ten a picture")
+        fits = found == (len(lines) / 10, 2048)
+        require(fits, f"{tensor}: has {found} for {len(lines)} captions, ten a picture")
     count = collections.Counter(itertools.chain.from_iterable(captions[0]))
     vocabulary = ("<exc>", "<pad>", "<eos>", *(word for word, n in count.items() if n > 3))
     number, splits = {word: i for i, word in enumerate(vocabulary)}, []
@@ -951,55 +900,53 @@ def cub(args):
 
 # ------------------------------------------------------------------------------------ own data
 
+CATEGORIES = 2**16  # at most, since each has weights of its own
+
 
 def tensor_file(args):
     """Data of an .npz file with train/NAME, test/NAME, train/labels and test/labels: uint8 images
     (N, C, H, W) get a Laplace likelihood, floats a Normal, other integers a Categorical."""
-    path = Path(args.dataset)
-
-    def require(holds, demand):
-        if not holds:
-            raise UserError(f"--dataset {path}: {demand}")
-
+    path, dtypes = args.dataset, {"u": np.int64, "i": np.int64, "f": np.float32}
     try:
         with np.load(path) as file:
-            arrays = {key: file[key] for key in file.files}
-    except FileNotFoundError:
-        raise UserError(f"--dataset {path}: there is no such file") from None
-    except (ValueError, TypeError, zipfile.BadZipFile, EOFError, zlib.error) as error:
+            arrays = dict(file)
+    except Exception as error:  # noqa: BLE001, damaged bytes end in any
         raise UserError(f"--dataset {path}: is no .npz file of arrays ({error})") from None
-    kinds, parts = {"u": np.int64, "i": np.int64, "f": np.float32}, ({}, {})
-    for key, a in arrays.items():
-        for prefix, part in zip(("train/", "test/"), parts, strict=True):
-            if key.startswith(prefix):
-                require(a.dtype.kind in kinds, f"{key} is {a.dtype}, must be numbers")
-                require(np.isfinite(a).all(), f"{key} has values that are not finite")
-                wanted = a.dtype if a.dtype == np.uint8 else kinds[a.dtype.kind]
-                part[key.removeprefix(prefix)] = a.astype(wanted)
+    parts = []
+    for part in ("train/", "test/"):
+        parts.append({k.removeprefix(part): a for k, a in arrays.items() if k.startswith(part)})
+        for name, a in parts[-1].items():
+            require(a.dtype.kind in dtypes, f"{path}: {part}{name} is {a.dtype}, must be numbers")
+            if a.dtype != np.uint8:
+                parts[-1][name] = a.astype(dtypes[a.dtype.kind])
     demand = "must hold train/NAME and test/NAME of two modalities, train/labels and test/labels"
     whole = all("labels" in part and len(part) > 2 for part in parts)
-    require(whole, f"{demand}, has {', '.join(arrays)}")
+    require(whole, f"{path}: {demand}, has {', '.join(arrays)}")
     labels = [part.pop("labels") for part in parts]
-    demand = "labels must be one whole number a tuple, from 0 on"
-    require(all(y.ndim == 1 and y.dtype != np.float32 for y in labels), demand)
-    require(all(y.min(initial=0) >= 0 for y in labels), demand)
+    demand = f"labels must be one whole number from 0 to {CATEGORIES - 1} a tuple"
+    for y in labels:
+        fits = y.ndim == 1 and y.dtype != np.float32 and ((y >= 0) & (y < CATEGORIES)).all()
+        require(fits, f"{path}: {demand}")
     modalities = []
     for name, a in parts[0].items():
         both = [part[name] for part in parts if name in part]
-        require(len({t.dtype for t in both}) == 1, f"train/{name} and test/{name} differ in type")
+        alike = len({t.dtype for t in both}) == 1
+        require(alike, f"{path}: train/{name} and test/{name} differ in type")
         if a.dtype == np.int64:
             most = max(int(t.max(initial=1)) for t in both)
-            require(most < 2**16, f"{name} has {most}, categories end at {2**16 - 1}; else floats")
+            demand = f"has {most}, categories end at {CATEGORIES - 1}; else floats"
+            require(most < CATEGORIES, f"{path}: {name} {demand}")
             kind = dict(likelihood="categorical", categories=1 + most, network="mlp")
         else:
-            require(a.ndim > 1, f"train/{name} is {a.shape}, must be (N, …); a class is int64")
+            shape = f"{path}: train/{name} is {a.shape}"
+            require(a.ndim > 1, f"{shape}, must be (N, …); a class is int64")
             image = a.ndim == 4 or (a.ndim == 3 and a.dtype == np.uint8)
-            demand = f"train/{name} is {a.shape}, images must be (N, 1 or 3, height, width)"
-            require(not image or (a.ndim == 4 and a.shape[1] in (1, 3)), demand)
+            fits = not image or (a.ndim == 4 and a.shape[1] in (1, 3))
+            require(fits, f"{shape}, images must be (N, 1 or 3, height, width)")
             kind = dict(scale=1.0, likelihood="normal") if a.dtype == np.float32 else {}
             kind["network"] = "conv" if image else "mlp"
         modalities.append(Modality(name, a.shape[1:], **kind))
-    return from_tensors(*zip(parts, labels, strict=True), modalities, str(path))
+    return from_tensors(*zip(parts, labels, strict=True), modalities, path)
 
 
 # Own data are one more entry: a function of the options that returns a Data.

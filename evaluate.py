@@ -33,6 +33,7 @@ import torch.nn.functional as F
 import torchvision
 from sklearn.cross_decomposition import CCA
 from sklearn.decomposition import PCA, TruncatedSVD
+from sklearn.dummy import DummyClassifier
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score
@@ -52,6 +53,7 @@ from common import (
     generated,
     load_checkpoint,
     load_weights,
+    log_mean_exp,
     number,
     parse_device,
     read_args,
@@ -78,24 +80,21 @@ def subsets_of(modalities):
     if len(names) > 8:
         others = [[n for n in names if n != name] for name in names]
         return [*([name] for name in names), *others, names]
-    return [
-        [name for name, chosen in zip(names, mask, strict=True) if chosen]
-        for mask in subset_masks(len(names)).tolist()
-    ]
+    return [list(itertools.compress(names, mask)) for mask in subset_masks(len(names)).tolist()]
 
 
 @functools.lru_cache(maxsize=1)
 def chunks(split):
-    """(rows, x) over a split in its order, the same tensors each time."""
+    """The x of a split in its order, the same tensors each time."""
     order = torch.arange(len(split), device=split.labels.device)
-    return [(rows, split.batch(rows)[0]) for rows in order.split(CHUNK)]
+    return [split.batch(rows)[0] for rows in order.split(CHUNK)]
 
 
 @contextmanager
 def encoding_once(model, split):
     """Inside it, what an encoder gives for a chunk of the split is kept, for every subset, form and
     metric that asks for it again."""
-    of_split = {t for _, x in chunks(split) for t in x.values()}  # a tensor's hash is its identity
+    of_split = {t for x in chunks(split) for t in x.values()}  # a tensor's hash is its identity
 
     def remembering(encode):
         kept = functools.cache(encode)
@@ -129,18 +128,14 @@ def agreement(logits, labels):
     the mean over them of the average precision."""
     if labels.ndim == 1:
         return (logits.argmax(-1) == labels).double().mean().item()
-    shares = [
-        average_precision_score(there, scores)
-        for there, scores in zip(labels.T.cpu().numpy(), logits.T.cpu().numpy(), strict=True)
-        if there.any()
-    ]
-    return float(np.mean(shares))
+    there = labels.any(0)
+    return float(average_precision_score(labels[:, there].cpu(), logits[:, there].cpu()))
 
 
 def train_classifier(net, seen, split, steps=2000, batch_size=128):
     """Teach net to name the class, or the attributes, of what the function `seen` takes from a
-    batch x (App. B). Images are moved by up to a pixel each way, a batch at a time: on polydigits
-    that and the schedule take a network from 96 to 98 % of the test data."""
+    batch x (App. B); returns its weights. Images are moved by up to a pixel each way, a batch at a
+    time: on polydigits that and the schedule take a network from 96 to 98 % of the test data."""
     device = split.labels.device
     on_gpu = device.type == "cuda"
     optimizer = torch.optim.Adam(net.parameters(), fused=on_gpu)
@@ -167,6 +162,7 @@ def train_classifier(net, seen, split, steps=2000, batch_size=128):
         gradients(torch.randint(len(split), (batch_size,), device=device))
         optimizer.step()
         schedule.step()
+    return {k: v.cpu() for k, v in net.state_dict().items()}
 
 
 def resnet18(channels, classes):
@@ -194,23 +190,18 @@ def classifiers(train, test, modalities, strips, cache_dir):
         kinds[WHOLE] = (lambda: resnet18(modalities[0].shape[0], classes)), whole
     named = {}
     for name, (make, seen) in kinds.items():
-
-        def build(make=make, seen=seen):
-            torch.manual_seed(0)
-            net = make().to(device)
-            train_classifier(net, seen, train)
-            return {k: v.cpu() for k, v in net.state_dict().items()}
-
-        net = make().to(device).eval()
-        used = [m for m in modalities if name in (m.name, WHOLE)]
-        key = [[train.fingerprint(m.name), repr(m)] for m in used]
-        key += [repr(net), source, torch.__version__]
+        torch.manual_seed(0)
+        net = make().to(device)
+        used = [train.fingerprint(m.name) for m in modalities if name in (m.name, WHOLE)]
+        key = [used, repr(net), source, torch.__version__]
+        build = functools.partial(train_classifier, net, seen, train)
         net.load_state_dict(datasets.cached(cache_dir, "classifier", key, build))
+        net.eval()
         # Whatever the model's networks run in, a verdict is one in float32.
         exact = torch.autocast(device.type, enabled=False)
         named[name] = exact(lambda x, net=net, seen=seen: net(seen(x)))
         with torch.no_grad():
-            logits = torch.cat([named[name](x) for _, x in chunks(test)])
+            logits = torch.cat([named[name](x) for x in chunks(test)])
         accuracy[name] = agreement(logits, test.labels)
     return named, accuracy
 
@@ -230,9 +221,11 @@ def latent_accuracy(model, train, test, tuples=LATENT_TRAIN, seed=0):
     for subset in subsets_of(model.modalities):
         torch.manual_seed(seed)
         known = latents(subset, (train.batch(part)[0] for part in rows.split(LATENT_TRAIN)))
-        unseen = latents(subset, (x for _, x in chunks(test)))
+        unseen = latents(subset, chunks(test))
         linear, truth = LogisticRegression(max_iter=1000), test.labels.cpu().numpy()
         if labels.ndim == 1:
+            if (labels == labels[0]).all():  # so few tuples may be of one class
+                linear = DummyClassifier()
             accuracy["+".join(subset)] = linear.fit(known, labels).score(unseen, truth)
             continue
         shares = [
@@ -261,7 +254,7 @@ def conditional_coherence(model, named, test, seed=0):
     for subset in subsets_of(model.modalities):
         torch.manual_seed(seed)
         logits = defaultdict(list)
-        for _, x in chunks(test):
+        for x in chunks(test):
             z = model.posterior({name: x[name] for name in subset}).sample()
             made = {name: shown(p) for name, p in model.decode(z).items()}
             for name, classify in named.items():
@@ -275,25 +268,22 @@ def conditional_coherence(model, named, test, seed=0):
 def coherence_by_inputs(coherence):
     """Mean coherence by the number of given modalities, in both conventions: over the targets that
     were not given (the papers' figures), and over all (the released code's mean)."""
-    means = defaultdict(dict)
-    for convention in ("without_inputs", "with_inputs"):
-        shares = defaultdict(list)
-        for subset, targets in coherence.items():
-            given = subset.split("+")
-            for target, share in targets.items():
-                if convention == "with_inputs" or target not in given:
-                    shares[len(given)].append(share)
-        for n, values in shares.items():
-            means[n][convention] = float(np.mean(values))
-    return means
+    shares = defaultdict(list)
+    for subset, targets in coherence.items():
+        given = subset.split("+")
+        for target, share in targets.items():
+            shares[f"{len(given)}/with_inputs"].append(share)
+            if target not in given:
+                shares[f"{len(given)}/without_inputs"].append(share)
+    return {key: float(np.mean(values)) for key, values in shares.items()}
 
 
-def joint_coherence(model, named, device, seed=0):
+def joint_coherence(model, named, seed=0):
     """How often all modalities decoded from one sample of the prior are of one class."""
     torch.manual_seed(seed)
     alike = 0
     for n in torch.arange(JOINT_SAMPLES).split(CHUNK):
-        z = model.prior().sample((len(n),)).to(device)
+        z = model.prior().sample((len(n),))
         made = {name: shown(p) for name, p in model.decode(z).items()}
         classes = torch.stack([named[name](made).argmax(-1) for name in made])
         alike += (classes == classes[0]).all(0).sum().item()
@@ -301,28 +291,23 @@ def joint_coherence(model, named, device, seed=0):
 
 
 def log_weights(model, q, x, samples, targets):
-    """Log importance weights with the proposal q: for z ~ q blocks of log p(x_T|z) p(z) / q(z),
-    (k, targets, B), a target being the names T and the density p(z). Without likelihood weights."""
+    """Log importance weights with the proposal q: for z ~ q log p(x_T|z) p(z) / q(z), (samples,
+    targets, B), a target being the names T and the density p(z). Without likelihood weights."""
+    blocks = []  # of z, since what is decoded from it is large
     for k in torch.arange(samples).split(IMPORTANCE_SAMPLES):
         z = q.sample((len(k),))
         log_q = q.log_prob(z)
         log_p = {name: p.log_prob(x[name]) for name, p in model.decode(z, list(x)).items()}
         rows = [sum(log_p[name] for name in T) + p_z.log_prob(z) - log_q for T, p_z in targets]
-        yield torch.stack(rows, 1)
+        blocks.append(torch.stack(rows, 1).double())
+    return torch.cat(blocks)
 
 
-def weigh(blocks):
-    """Of log weights (samples, ...) in blocks: the log of their mean, their effective number
-    (Σ w)² / Σ w² and the variance of the logs, (...) each, in memory for one block."""
-    n, sums = 0, None
-    for log_w in blocks:
-        log_w, n = log_w.double(), n + len(log_w)
-        logs = torch.stack([log_w.logsumexp(0), (2 * log_w).logsumexp(0)])
-        plain = torch.stack([log_w.sum(0), log_w.square().sum(0)])
-        sums = (torch.logaddexp(sums[0], logs), sums[1] + plain) if sums else (logs, plain)
-    (one, two), (total, square) = sums
-    variance = (square - total.square() / n) / max(n - 1, 1)
-    return one - math.log(n), torch.exp(2 * one - two), variance
+def weigh(log_w):
+    """Of log weights (samples, ...): the log of their mean, their effective number (Σ w)² / Σ w²
+    and the variance of the logs, (...) each."""
+    effective = torch.exp(2 * log_w.logsumexp(0) - (2 * log_w).logsumexp(0))
+    return log_mean_exp(log_w, 0), effective, log_w.var(0, correction=min(1, len(log_w) - 1))
 
 
 def log_likelihood(model, test, samples=IMPORTANCE_SAMPLES, seed=0):
@@ -349,7 +334,7 @@ def log_likelihood(model, test, samples=IMPORTANCE_SAMPLES, seed=0):
         single = names if len(subsets) <= 7 or subset == names else []
         others = [[name for name in names if name != i] for i in single]
         found = []
-        for _, x in chunks(test):
+        for x in chunks(test):
             prior, q = model.prior(), model.posterior({name: x[name] for name in subset})
             targets = [(names, prior), *(([i], prior) for i in single)]
             targets += [(rest, prior) for rest in others]
@@ -397,11 +382,10 @@ def class_metrics(model, train, test, strips, cache_dir, latent_train=LATENT_TRA
             results[f"oracle_accuracy/{subset}"] = targets.pop(WHOLE)
         for target, value in targets.items():
             results[f"coherence/{subset}/{target}"] = value
-    for n, means in coherence_by_inputs(coherence).items():
-        for convention, value in means.items():
-            results[f"coherence_by_inputs/{n}/{convention}"] = value
+    for key, value in coherence_by_inputs(coherence).items():
+        results[f"coherence_by_inputs/{key}"] = value
     if test.labels.ndim == 1:
-        results["joint_coherence"] = joint_coherence(model, named, test.labels.device)
+        results["joint_coherence"] = joint_coherence(model, named)
         return results
     return {re.sub("accuracy|coherence", "precision", key): v for key, v in results.items()}
 
@@ -419,12 +403,12 @@ def symbol_metrics(model, test, seed=0):
     for subset in subsets_of(model.modalities):
         targets = [m for m in kinds if m.name not in subset]
         torch.manual_seed(seed)
-        for rows, x in chunks(test) if targets else ():
+        for x in chunks(test) if targets else ():
             z = model.posterior({name: x[name] for name in subset}).sample()
             made = model.decode(z, [m.name for m in targets])
             for m in targets:
-                truth = x[m.name].view(len(rows), -1)
-                right = generated(made[m.name]).round().view(len(rows), -1) == truth
+                truth = x[m.name].view(len(z), -1)
+                right = generated(made[m.name]).round().view(len(z), -1) == truth
                 counts = truth != (-1 if m.padding is None else m.padding)
                 key = f"{'+'.join(subset)}/{m.name}"
                 whole = (right | ~counts).all(1).sum().item()
@@ -479,7 +463,7 @@ def correlation(model, train, test, seed=0):
     torch.manual_seed(seed)
     z = model.prior().sample((1000,))
     found = {"joint": [cosines({name: generated(p) for name, p in model.decode(z).items()})]}
-    for _, x in chunks(test):
+    for x in chunks(test):
         found.setdefault("data", []).append(cosines(x))
         for given, target in ((image.name, caption.name), (caption.name, image.name)):
             made = x | {target: generate(model, x, [given])[target]}
@@ -523,9 +507,8 @@ def draw_row(axis, modality, x, title):
     axis.set_ylabel(title, rotation=0, ha="right", va="center")
     x = x.float().cpu()
     if len(modality.shape) == 3:
-        picture = torch.nn.functional.pad(x, (1, 1, 1, 1), value=1.0).clamp(0, 1)
-        picture = torch.cat(list(picture), -1).permute(1, 2, 0)
-        axis.imshow(picture.expand(-1, -1, 3).numpy(), aspect="auto", interpolation="nearest")
+        picture = torchvision.utils.make_grid(x.clamp(0, 1), nrow=len(x), pad_value=1.0)
+        axis.imshow(picture.permute(1, 2, 0).numpy(), aspect="auto", interpolation="nearest")
     else:
         axis.set_xlim(0, len(x))
         for i, example in enumerate(x.reshape(len(x), -1)):
@@ -566,6 +549,13 @@ def generate(model, x, given):
     return {name: generated(p) for name, p in model.decode(z).items()}
 
 
+def rows_from(model, x, given):
+    """Rows of a grid: the examples of the modality `given`, and all that is generated from it."""
+    made = generate(model, x, [given.name])
+    made = [(m, made[m.name], "→ " + m.name) for m in model.modalities]
+    return [(given, x[given.name], given.name), *made]
+
+
 @torch.no_grad()
 def draw_samples(folder, model, data, n=12, seed=0):
     """reconstructions.png, from_<name>.png for every single modality, and joint.png."""
@@ -579,10 +569,8 @@ def draw_samples(folder, model, data, n=12, seed=0):
         grid += [(m, x[m.name], m.name), (m, made[m.name], "→ " + m.name)]
     draw_grid(folder / "reconstructions.png", {"given all: input and reconstruction": grid})
     for given in modalities:
-        made = generate(model, x, [given.name])
-        grid = [(given, x[given.name], given.name)]
-        grid += [(m, made[m.name], "→ " + m.name) for m in modalities]
-        draw_grid(folder / f"from_{given.name}.png", {f"given {given.name} alone": grid})
+        grid = {f"given {given.name} alone": rows_from(model, x, given)}
+        draw_grid(folder / f"from_{given.name}.png", grid)
     made = {name: generated(p) for name, p in model.decode(model.prior().sample((n,))).items()}
     grid = [(m, made[m.name], m.name) for m in modalities]
     draw_grid(folder / "joint.png", {"from the prior": grid})
@@ -640,21 +628,6 @@ def factors_of(q):
         return q.base_dist
     p = q.component_distribution.base_dist
     return type(p)(p.loc[:, 0], p.scale[:, 0], validate_args=False)
-
-
-@torch.no_grad()
-def draw_side_by_side(path, models, data, given, n=8, seed=0):
-    """A PNG with a column of panels for each of the models (a dict by title): the same test
-    examples of the modality `given`, and every modality generated from it."""
-    modalities = next(iter(models.values())).modalities
-    x, _ = examples(data.test, n, seed)
-    columns = {}
-    for title, model in models.items():
-        torch.manual_seed(seed)
-        made = generate(model, x, [given])
-        columns[title] = [(m, x[given], given) for m in modalities if m.name == given]
-        columns[title] += [(m, made[m.name], "→ " + m.name) for m in modalities]
-    draw_grid(path, columns, scale=0.36)
 
 
 # ------------------------------------------------------------------------- tables and figures
@@ -907,9 +880,10 @@ def read_results(path):
     """The content of a results.json."""
     try:
         results = json.loads(Path(path).read_text())
-        if results.keys() >= {"script", "dataset", "source", "epochs", "seed", "options"}:
+        facts = results.keys() >= {"script", "dataset", "source", "epochs", "seed", "options"}
+        if facts and settings_of(results) and numbers(results):
             return results
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError):
+    except (ValueError, TypeError, AttributeError):
         pass
     raise UserError(f"{path}: is not a run's results.json")
 
@@ -968,38 +942,60 @@ def main(argv=None):
     add("--given", metavar="NAME", help="modality (default: the first)")
     p.error = fail
     options = p.parse_args(argv)
+    if options.given and not options.side_by_side:
+        raise UserError(f"--given {options.given}: needs --side-by-side FILE")
+    if options.against != "inputs" and not options.figure:
+        raise UserError(f"--against {options.against}: needs --figure FILE")
     tune_cpu()
-    models, compared, files = {}, [], dict.fromkeys(options.runs)
-    for run in files:  # before one is evaluated, which takes long
-        files[run] = read_results(run) if run.endswith(".json") else load_run(run)
-    for run, content in files.items():
-        if run.endswith(".json"):
-            if options.side_by_side:
-                raise UserError(f"--side-by-side: needs folders of runs, {run} has no model")
-            compared.append(content)
-            continue
-        model, modalities, args = content
-        args.data_dir = options.data_dir or args.data_dir
-        args.cache_dir = options.cache_dir or args.cache_dir
-        if options.side_by_side:
-            names = [m.name for m in modalities]
-            given = options.given or names[0]
-            if given not in names:
-                raise UserError(f"--given {given}: {run} has {', '.join(names)}")
-            if any(m.modalities != modalities for m in models.values()):
-                raise UserError(f"--side-by-side: {run} has other modalities than the first run")
-            title = type(model).__name__
-            models[f"{title}, {run}" if title in models else title] = model.eval()
-            continue
-        data = datasets.load(args)
-        print(f"{args.dataset}: {data.source}")
-        model.to(parse_device(options.device))
-        protocol = options.latent_train, options.importance_samples
-        compared.append(report(Path(run), model, data, args, *protocol))
     if options.side_by_side:
-        draw_side_by_side(options.side_by_side, models, datasets.load(args), given)
-    else:
-        compare(compared, options)
+        draw_side_by_side(options)
+        return
+    protocol = options.latent_train, options.importance_samples
+    # All files before one is evaluated, which takes long.
+    files = {r: read_results(r) if r.endswith(".json") else load_run(r) for r in options.runs}
+    for run, content in files.items():
+        if not run.endswith(".json"):
+            model, data, args = with_data(run, *content, options)
+            print(f"{args.dataset}: {data.source}")
+            files[run] = report(Path(run), model, data, args, *protocol)
+    compare(list(files.values()), options)
+
+
+def with_data(run, model, modalities, args, options):
+    """(model, data, args) of a loaded run, model and folders being where the options have them."""
+    args.data_dir = options.data_dir or args.data_dir
+    args.cache_dir = options.cache_dir or args.cache_dir
+    data = datasets.load(args)
+    if data.modalities != modalities:
+        raise UserError(f"{run}: was trained on other modalities than those of {data.source}")
+    return model.to(parse_device(options.device)), data, args
+
+
+@torch.no_grad()
+def draw_side_by_side(options, seed=0):
+    """A PNG with a column of panels for each run: the same test examples of the modality --given,
+    and every modality generated from it. The more runs, the fewer examples: the picture's width
+    stays, so that they can be told apart on a page."""
+    columns, shown = {}, set()
+    runs = list(dict.fromkeys(options.runs))
+    for run in runs:
+        if run.endswith(".json"):
+            raise UserError(f"--side-by-side: needs folders of runs, {run} has no model")
+        model, data, _ = with_data(run, *load_run(run), options)
+        names = [m.name for m in data.modalities]
+        given = options.given or names[0]
+        if given not in names:
+            raise UserError(f"--given {given}: {run} has {', '.join(names)}")
+        shown.add((*names, data.test.fingerprint(given)))
+        if len(shown) > 1:
+            raise UserError(f"--side-by-side: {run} is of other data than the first run")
+        device = next(model.parameters()).device
+        x, _ = examples(data.test.to(device), max(4, 24 // len(runs)), seed)
+        torch.manual_seed(seed)
+        title = type(model).__name__
+        title = f"{title}, {run}" if title in columns else title
+        columns[title] = rows_from(model.eval(), x, data.modalities[names.index(given)])
+    draw_grid(options.side_by_side, columns, scale=0.5)
 
 
 def compare(runs, options):

@@ -90,7 +90,7 @@ def main():
     parts = {
         "latent accuracy": lambda test: evaluate.latent_accuracy(model, train, test),
         "coherence": lambda test: evaluate.conditional_coherence(model, named, test),
-        "joint coherence": lambda test: evaluate.joint_coherence(model, named, device),
+        "joint coherence": lambda test: evaluate.joint_coherence(model, named),
         "log-likelihood": lambda test: evaluate.log_likelihood(model, test),
     }
     watches = {kind: Stopwatch(getattr(model, kind), device) for kind in ("encoders", "decoders")}

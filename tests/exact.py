@@ -178,6 +178,6 @@ def assert_terms_are_given_all_that_is_observed(model, x, monkeypatch):
 
 def importance_sampled(model, q, x, samples):
     """An estimate of log p(x) with the proposal q, (B,)."""
-    blocks = evaluate.log_weights(model, q, x, samples, [(list(x), model.prior())])
-    log_mean, _, _ = evaluate.weigh(blocks)
+    log_w = evaluate.log_weights(model, q, x, samples, [(list(x), model.prior())])
+    log_mean, _, _ = evaluate.weigh(log_w)
     return log_mean[0]

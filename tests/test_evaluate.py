@@ -346,9 +346,9 @@ def test_a_perfect_model_has_all_of_every_metric():
     assert len(coherence) == 7
     for targets in coherence.values():
         assert list(targets.values()) == pytest.approx([1.0] * 3)
-    for means in evaluate.coherence_by_inputs(coherence).values():
-        assert list(means.values()) == pytest.approx([1.0] * len(means))
-    assert evaluate.joint_coherence(Told(), named, "cpu") == 1.0
+    means = evaluate.coherence_by_inputs(coherence)
+    assert list(means.values()) == pytest.approx([1.0] * 5)
+    assert evaluate.joint_coherence(Told(), named) == 1.0
     assert set(evaluate.latent_accuracy(Told(), split, split).values()) == {1.0}
 
 
@@ -359,9 +359,8 @@ def test_both_conventions_of_coherence():
         "x1": {"x0": 0.4, "x1": 0.8},
         "x0+x1": {"x0": 0.9, "x1": 0.7},
     }
-    means = evaluate.coherence_by_inputs(coherence)
-    assert means[1] == pytest.approx({"without_inputs": 0.3, "with_inputs": 0.6})
-    assert means[2] == pytest.approx({"with_inputs": 0.8})
+    means = {"1/without_inputs": 0.3, "1/with_inputs": 0.6, "2/with_inputs": 0.8}
+    assert evaluate.coherence_by_inputs(coherence) == pytest.approx(means)
 
 
 def test_a_model_that_always_shows_one_class_has_that_classs_share():
@@ -370,7 +369,7 @@ def test_a_model_that_always_shows_one_class_has_that_classs_share():
     share = (split.labels == 2).double().mean().item()
     for targets in evaluate.conditional_coherence(model, named, split).values():
         assert list(targets.values()) == pytest.approx([share] * 3)
-    assert evaluate.joint_coherence(model, named, "cpu") == 1.0
+    assert evaluate.joint_coherence(model, named) == 1.0
 
 
 def test_a_model_of_chance_has_chance():
@@ -378,7 +377,7 @@ def test_a_model_of_chance_has_chance():
     model = Told(lambda z, i: torch.eye(5)[torch.randint(5, z.shape[:-1])])
     for targets in evaluate.conditional_coherence(model, named, split).values():
         assert all(abs(v - 0.2) < 4.5 * error(0.2, 3000) for v in targets.values())
-    joint = evaluate.joint_coherence(model, named, "cpu")
+    joint = evaluate.joint_coherence(model, named)
     assert abs(joint - 1 / 25) < 4 * error(1 / 25, evaluate.JOINT_SAMPLES)
 
 
@@ -413,7 +412,7 @@ def test_a_texts_classifier_is_shown_probabilities_and_a_labels_the_label(monkey
     }
     found = evaluate.conditional_coherence(Places(), named, split)
     assert found == {"label": {"text": 1.0, "label": 1.0}}
-    assert evaluate.joint_coherence(Places(), named, "cpu") == 1.0
+    assert evaluate.joint_coherence(Places(), named) == 1.0
 
 
 def test_permuted_labels_give_chance():
@@ -426,6 +425,12 @@ def test_permuted_labels_give_chance():
     # What 500 permuted labels teach are at most five classes' majorities, by chance.
     for accuracy in evaluate.latent_accuracy(Told(), permuted, permuted).values():
         assert abs(accuracy - 0.2) < 0.1
+
+
+def test_of_one_class_alone_a_latent_says_that_class():
+    split, _ = told()
+    rare = dataclasses.replace(split, labels=(torch.arange(3000) == 7).long())
+    assert set(evaluate.latent_accuracy(Told(), rare, rare, 10).values()) == {2999 / 3000}
 
 
 def linear_gaussian(M=3, widen=1.3):
@@ -499,7 +504,7 @@ def test_the_standard_error_covers_the_truth_as_often_as_it_should(float64):
 
 def test_effective_samples_and_variance_of_log_weights(float64):
     log_w = 3 * torch.randn(31, 2, 7) - 700
-    value, effective, variance = evaluate.weigh(log_w.split(10))
+    value, effective, variance = evaluate.weigh(log_w)
     w = torch.exp(log_w + 700)
     torch.testing.assert_close(value, w.mean(0).log() - 700)
     torch.testing.assert_close(effective, w.sum(0).square() / w.square().sum(0))
@@ -723,7 +728,11 @@ def test_mistakes_in_a_comparison_are_one_line(tmp_path, capsys):
         error = capsys.readouterr().err.strip()
         assert stop.value.code == 2 and fragment in error and "\n" not in error
 
-    for content in ("", "[]", "{}", '{"epochs": 3}', "\udcff"):
+    no_options, no_number = made(), made() | {"log_likelihood/x0": None}
+    no_options["options"] = []
+    no_metrics = {key: value for key, value in made().items() if "/" not in key}
+    damaged = map(json.dumps, (no_options, no_number, no_metrics))
+    for content in ("", "[]", "{}", '{"epochs": 3}', "\udcff", *damaged):
         (tmp_path / "x.json").write_bytes(content.encode(errors="surrogateescape"))
         fails([str(tmp_path / "x.json")], "x.json: is not a run's results.json")
     fails([str(tmp_path / "none.json")], "none.json: No such file")
@@ -733,6 +742,8 @@ def test_mistakes_in_a_comparison_are_one_line(tmp_path, capsys):
     del old["options"]["keep"]
     fails([*write(tmp_path, old), *figure, "--against", "keep"], "--against keep")
     fails([str(tmp_path / "0.json"), "--side-by-side", "x.png"], "--side-by-side: needs")
+    fails([str(tmp_path / "0.json"), "--given", "x0"], "--given x0: needs --side-by-side")
+    fails([str(tmp_path / "0.json"), "--against", "beta"], "--against beta: needs --figure")
 
 
 def test_a_run_that_is_named_twice_counts_once(tmp_path, capsys):

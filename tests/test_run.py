@@ -4,6 +4,7 @@ The tests are the same for all scripts; `tiny` is a data set that trains in mill
 """
 
 import csv
+import dataclasses
 import importlib
 import json
 import math
@@ -217,8 +218,9 @@ def test_an_option_of_the_evaluation_changes_its_own_numbers_only(script, tmp_pa
         assert len(changed) > 1 and all(re.fullmatch(own, key) for key in changed)
 
 
-def test_runs_are_drawn_side_by_side(tmp_path, capsys):
+def test_runs_are_drawn_side_by_side(tmp_path, capsys, monkeypatch):
     paths = [str(run(script, tmp_path, "--no-eval", "--epochs", "1")) for script in SCRIPTS]
+    paths.append(str(run("mvae", tmp_path, "--no-eval", "--epochs", "1", "--weights", "label=9")))
     picture = tmp_path / "all.png"
     evaluate.main([*paths, "--side-by-side", str(picture), "--given", "label"])
     assert picture.read_bytes().startswith(b"\x89PNG")
@@ -231,6 +233,13 @@ def test_runs_are_drawn_side_by_side(tmp_path, capsys):
         evaluate.main([*paths, "--side-by-side", str(tmp_path / "no" / "folder.png")])
     assert stop.value.code == 2
     one_line(capsys, "folder.png")
+    others = datasets.from_tensors(*[tiny.tuples(60, 3)] * 2, tiny.MODALITIES)
+    data = iter([tiny.load(None), others])
+    monkeypatch.setattr(datasets, "load", lambda args: next(data))
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main([*paths[:2], "--side-by-side", str(picture)])
+    assert stop.value.code == 2
+    one_line(capsys, f"{paths[1]} is of other data than the first run")
 
 
 @every_script
@@ -576,6 +585,27 @@ def test_only_a_plain_module_that_defines_the_class_is_imported(
         evaluate.main([str(path)])
     assert stop.value.code == 2
     one_line(capsys, fragment)
+
+
+@pytest.mark.parametrize("reader", ["resume", "evaluate"])
+def test_a_data_set_that_is_no_more_is_named(reader, finished, tmp_path, capsys):
+    path = Path(shutil.copytree(finished["mopoe"], tmp_path / "run"))
+    facts = json.loads((path / "args.json").read_text())
+    facts["options"]["dataset"] = "gone"
+    (path / "args.json").write_text(json.dumps(facts))
+    with pytest.raises(SystemExit) as stop:
+        resume("mopoe", path, "--epochs", "2") if reader == "resume" else evaluate.main([str(path)])
+    assert stop.value.code == 2
+    one_line(capsys, "--dataset gone: there is none of this name")
+
+
+def test_a_run_is_not_evaluated_on_other_modalities(finished, capsys, monkeypatch):
+    changed = [dataclasses.replace(m, scale=0.1) for m in tiny.MODALITIES]
+    monkeypatch.setattr(tiny, "MODALITIES", changed)
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main([str(finished["mopoe"])])
+    assert stop.value.code == 2
+    one_line(capsys, "was trained on other modalities than those of made for tests")
 
 
 def test_a_run_of_a_version_with_fewer_options_is_not_evaluated(finished, tmp_path, capsys):
