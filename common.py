@@ -255,8 +255,9 @@ def command(main):
             fail(error)
         except torch.OutOfMemoryError:
             fail("the GPU's memory is full; training needs less with a smaller --batch-size")
-        except RuntimeError as error:
-            if "can't allocate memory" not in str(error):  # a CPU's has no class of its own
+        except (RuntimeError, MemoryError) as error:
+            # PyTorch's for a CPU has no class of its own.
+            if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):
                 raise
             fail(f"the memory is full; it takes less with smaller options: {error}")
         except BrokenPipeError:

@@ -480,7 +480,7 @@ def download_polymnist(root):
                     md5.update(block)
                     file.write(block)
             if f"md5:{md5.hexdigest()}" != entry["checksum"]:
-                raise UserError(f"--download: {target.name} differs from its checksum, discarded")
+                raise ValueError(f"{target.name} differs from its checksum and was discarded")
             temporary.rename(target)
         finally:
             temporary.unlink(missing_ok=True)

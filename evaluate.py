@@ -822,10 +822,17 @@ def draw_curves(path, runs, against):
     width = min(len(panels), 2 if len(panels) == 4 else 3)
     height = math.ceil(len(panels) / width)
     size = max(3.6 * width, 5), 3.2 * height
-    figure, axes = plt.subplots(height, width, figsize=size, squeeze=False, layout="constrained")
+    shares = against in ("supervision", "keep")  # what the panels show, in per cent
+    options = dict(figsize=size, squeeze=False, sharey=shares, layout="constrained")
+    figure, axes = plt.subplots(height, width, **options)
     for axis in axes.flat[len(panels) :]:
         axis.set_axis_off()
-    names = {"inputs": "modalities given", "beta": "log p(X) given all, nats; beside the points β"}
+    names = {
+        "inputs": "modalities given",
+        "beta": "log p(X) given all, nats; beside the points β",
+        "supervision": "share of complete tuples",
+        "keep": "chance of each modality to be there",
+    }
     for axis, (title, lines) in zip(axes.flat, panels.items(), strict=False):
         for label, points in lines.items():
             x, mean, deviations, notes = zip(*points, strict=True)
@@ -837,16 +844,19 @@ def draw_curves(path, runs, against):
                 axis.annotate(note, point, offset, textcoords="offset points")
         if against == "inputs":
             axis.set_xticks(x)
-        elif against == "beta":
+        if against == "beta":
             axis.margins(0.1)
             axis.locator_params(axis="x", nbins=4)
-        else:
+        if shares:
             axis.set_xscale("log")
-        axis.set_xlabel(names.get(against, f"--{against}"))
+        axis.set_xlabel(names[against])
         axis.set_title(title, fontsize=10)
         axis.grid(alpha=0.3)
-    labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(*labels, loc="outside lower center", ncols=width + 1)
+    if shares:
+        axes[0, 0].set_ylim(bottom=0)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    fitting = int(size[0] / (0.5 + 0.08 * max(map(len, labels))))  # an entry's inches, about
+    figure.legend(handles, labels, loc="outside lower center", ncols=max(1, fitting))
     figure.savefig(path, dpi=100, format="png")
     plt.close(figure)
 

@@ -130,6 +130,8 @@ for share in 1 0.1 0.01; do
 done
 run multimnist__mvae__0 mvae --dataset multimnist --epochs 5 --anneal-epochs 0
 run celeba-attr__mvae__0 mvae --dataset celeba-attr --epochs 20 --anneal-epochs 4
+run celeba-attr-weight__mvae__0 mvae --dataset celeba-attr --epochs 20 --anneal-epochs 4 \
+    --weights attributes=1
 long=binary-mnist-label-340
 rm -rf "runs/$long"
 python mvae.py --dataset binary-mnist-label --amp --epochs 340 --no-eval --runs-dir "runs/$long"

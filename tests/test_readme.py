@@ -277,6 +277,22 @@ def test_the_table_of_few_labels_is_that_of_results_and_of_the_paper():
         assert_row(title, [f"{value:.1f}" for value in values])
 
 
+def test_the_tables_of_celeba_are_those_of_results():
+    both = "image+attributes"
+    for name, label, weight in (
+        ("celeba-attr__mvae__0", "`mvae.py`", "10"),
+        ("celeba-attr-weight__mvae__0", "`mvae.py --weights attributes=1`", "1"),
+    ):
+        results = evaluate.read_results(ROOT / "results" / f"{name}.json")
+        keys = f"marginal/{both}/image", f"log_likelihood/{both}", f"conditional/{both}/image"
+        assert_row(label, [f"{results[key]:.1f}" for key in keys])
+        keys = ["symbol_accuracy/image/attributes", "precision/image/attributes"]
+        keys += ["precision/attributes/image", "precision/attributes/attributes"]
+        keys += ["latent_precision/image", "latent_precision/attributes"]
+        row = weight if weight == "10" else f"1 ([file]({name}.json))"
+        assert_row(row, [f"{100 * results[key]:.1f}" for key in keys])
+
+
 def test_the_variances_of_log_weights_are_those_of_results():
     found, papers = (
         measured("binary-mnist-label-340__*.json"),

@@ -1,0 +1,53 @@
+"""The benchmarks run, and say what they measured and where."""
+
+import importlib
+import json
+import subprocess
+import sys
+
+from conftest import ROOT
+
+import evaluate
+
+WHERE = {"command", "machine", "threads", "torch", "git"}
+
+
+def found_by(command, folder):
+    """What a benchmark writes."""
+    name, *options = command.split()
+    arguments = [str(ROOT / "benchmarks" / name), *options, "--json", "found.json"]
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=folder, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads((folder / "found.json").read_text())
+
+
+def test_the_parts_of_a_whole_run_add_up(tmp_path):
+    found = found_by("whole_run.py mopoe --dataset digits-label --epochs 1", tmp_path)
+    seconds = found["seconds"]
+    assert found.keys() >= WHERE and {"imports", "epochs", "classifiers"} <= seconds.keys()
+    # Each is rounded to a tenth.
+    assert abs(sum(seconds.values()) - found["seconds_in_all"]) < 0.05 * (1 + len(seconds)) + 0.01
+    assert min(seconds.values()) >= 0
+
+
+def test_throughput_is_measured_and_its_floor(tmp_path):
+    command = "throughput.py --methods mopoe --modes float32 --windows 1 --seconds 0.1"
+    found = found_by(command, tmp_path)
+    row = found["methods"]["mopoe"]["contenders"]["mopoe float32"]
+    assert found.keys() >= WHERE and row["tuples_per_second"] > 0 and row["peak_memory_gb"] > 0
+    assert 0 < row["share_of_floor"] < 1
+
+
+def test_the_evaluations_parts_are_measured(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    monkeypatch.setattr(evaluate, "CHUNK", 2)
+    monkeypatch.setattr(evaluate, "JOINT_SAMPLES", 4)
+    path = tmp_path / "found.json"
+    options = ["--tuples", "20", "--modes", "float32", "--device", "cpu", "--json", str(path)]
+    monkeypatch.setattr(sys, "argv", ["evaluation.py", *options])
+    importlib.import_module("evaluation").main()
+    found = json.loads(path.read_text())
+    assert found.keys() >= WHERE and len(found["modes"]["float32"]) == 4
+    assert all(0 < row["share_of_floor"] < 1 for row in found["modes"]["float32"].values())
