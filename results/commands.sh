@@ -35,6 +35,9 @@ python evaluate.py results/polydigits__mopoe__0.json results/polydigits-beta__*.
 for seed in 0 1 2; do
     run "polydigits-singletons__mopoe__$seed" mopoe --seed "$seed" --subsets singletons
 done
+run polydigits-cost__mopoe__0 mopoe --epochs 80
+run polydigits-cost__mvae__0 mvae --epochs 56
+run polydigits-cost__svae__0 svae --epochs 3
 run polydigits-singletons-150__mopoe__0 mopoe --subsets singletons --epochs 150
 run polydigits-components__mmvae__0 mmvae --kl components
 run polydigits-stratified__vaevae__0 vaevae --expectation stratified --epochs 30 --batch-size 64 --lr 2e-3

@@ -150,6 +150,17 @@ def test_tables_by_the_number_of_inputs_are_those_of_results(dataset):
             assert_row(f"`{label}`", cells)
 
 
+def test_the_table_at_equal_cost_is_that_of_results():
+    for script in SCRIPTS:
+        # Of two methods the runs of the table above cost as much.
+        name = "polydigits" if script in ("mmvae", "vaevae") else "polydigits-cost"
+        results = evaluate.read_results(ROOT / "results" / f"{name}__{script}__0.json")
+        coherence = [results[f"coherence_by_inputs/{n}/without_inputs"] for n in (1, 2, 3, 4)]
+        joint, log_p = results["joint_coherence"], results["log_likelihood/m0+m1+m2+m3+m4"]
+        cells = [str(results["epochs"]), ", ".join(f"{100 * share:.1f}" for share in coherence)]
+        assert_row(f"`{script}.py`", [*cells, f"{100 * joint:.1f}", f"{log_p:.1f}"])
+
+
 def test_the_first_table_is_that_of_results():
     found = measured("polydigits__*.json")
     speed = json.loads((ROOT / "results" / "throughput_cpu.json").read_text())["methods"]
