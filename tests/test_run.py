@@ -23,6 +23,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -552,9 +553,10 @@ def test_a_bad_checkpoint_is_refused_in_one_line(
     assert not (tmp_path / "code-was-run").exists()
 
 
-def test_memory_that_is_not_there_is_one_line(capsys):
+@pytest.mark.parametrize("empty", [torch.empty, np.empty], ids=["PyTorch", "NumPy"])
+def test_memory_that_is_not_there_is_one_line(empty, capsys):
     with pytest.raises(SystemExit) as stop:
-        common.command(lambda argv: torch.empty(2**60, dtype=torch.uint8))()
+        common.command(lambda argv: empty((2**57,)))()
     assert stop.value.code == 2
     one_line(capsys, "the memory is full")
 
