@@ -243,7 +243,7 @@ def fail(message):
 
 def command(main):
     """Decorate a script's main: a user's mistake or a file's fault is one line and exit code 2,
-    Ctrl-C exit code 130, neither with a traceback; who stops reading the output ends it silently."""
+    Ctrl-C exit code 130, neither with a traceback; who stops reading output ends it silently."""
 
     @functools.wraps(main)
     def guarded(argv=None):

@@ -238,8 +238,8 @@ def latent_accuracy(model, train, test, tuples=LATENT_TRAIN, seed=0):
 
 
 def shown(p):
-    """What a classifier is shown of a generated modality: of a text the probabilities of the symbols
-    at its places, (B, L, categories), as in the released code of Sutter et al. 2021, since the most
+    """What a classifier is shown of a generated modality: of a text its symbols' probabilities at
+    its places, (B, L, categories), as in the released code of Sutter et al. 2021, since the most
     likely ones, each place for itself, often spell nothing; else what stands for the likelihood."""
     text = isinstance(p.base_dist, Categorical) and p.event_shape
     return p.base_dist.probs if text else generated(p)
@@ -785,7 +785,7 @@ def plus_minus(mean, deviation=None):
 def curves(runs, against):
     """{panel: {label: points (x, mean, standard deviation, note)}}: the metrics against the number
     of given modalities ("inputs"); coherence against an option, between modalities and joint, or of
-    an image in parts that of the whole, a panel for each column; or for "beta" the mean of the first
+    an image in parts that of the whole, a panel for each column; for "beta" the mean of the first
     of METRICS and the joint coherence against log p(X) given all, a point for each β, its note."""
     panels = defaultdict(dict)
     if against == "inputs":
@@ -986,7 +986,7 @@ def draw_side_by_side(options, seed=0):
     """A PNG with a column of panels for each run: the same test examples of the modality --given,
     and every modality generated from it. The more runs, the fewer examples: the picture's width
     stays, so that they can be told apart on a page."""
-    columns, shown = {}, set()
+    columns, seen = {}, set()
     runs = list(dict.fromkeys(options.runs))
     for run in runs:
         if run.endswith(".json"):
@@ -996,8 +996,8 @@ def draw_side_by_side(options, seed=0):
         given = options.given or names[0]
         if given not in names:
             raise UserError(f"--given {given}: {run} has {', '.join(names)}")
-        shown.add((*names, data.test.fingerprint(given)))
-        if len(shown) > 1:
+        seen.add((*names, data.test.fingerprint(given)))
+        if len(seen) > 1:
             raise UserError(f"--side-by-side: {run} is of other data than the first run")
         device = next(model.parameters()).device
         x, _ = examples(data.test.to(device), max(4, 24 // len(runs)), seed)

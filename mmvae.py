@@ -48,8 +48,8 @@ DEFAULTS = datasets.settings(
     dict.fromkeys(datasets.SETTINGS, COMPARED)
     | {
         "mnist-svhn": SHI | dict(K=30),
-        # Normal as in the released code, the paper has Laplace; its scales are a softplus, the prior's
-        # too, where here they are exponentials, and the prior's sum to D.
+        # Normal as in the released code, the paper has Laplace; the code's scales are a softplus,
+        # the prior's too, where here they are exponentials, and the prior's sum to D.
         "cub": SHI | dict(distribution="normal", scales="free", K=50),
         # Sutter et al. 2021, App. E.2.
         "celeba-text": COMPARED | dict(latent_dim=32, private_dim=32),

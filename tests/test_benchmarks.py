@@ -23,12 +23,11 @@ def found_by(command, folder):
     return json.loads((folder / "found.json").read_text())
 
 
-def test_the_parts_of_a_whole_run_add_up(tmp_path):
+def test_the_parts_of_a_whole_run_are_no_longer_than_it(tmp_path):
     found = found_by("whole_run.py mopoe --dataset digits-label --epochs 1", tmp_path)
     seconds = found["seconds"]
     assert found.keys() >= WHERE and {"imports", "epochs", "classifiers"} <= seconds.keys()
-    # Each is rounded to a tenth.
-    assert abs(sum(seconds.values()) - found["seconds_in_all"]) < 0.05 * (1 + len(seconds)) + 0.01
+    # "the rest" is what they leave of the whole: negative where one is counted twice.
     assert min(seconds.values()) >= 0
 
 
@@ -36,6 +35,7 @@ def test_throughput_is_measured_and_its_floor(tmp_path):
     command = "throughput.py --methods mopoe --modes float32 --windows 1 --seconds 0.1"
     found = found_by(command, tmp_path)
     row = found["methods"]["mopoe"]["contenders"]["mopoe float32"]
+    assert found["methods"]["mopoe"]["matrix_product_per_second"].keys() == {"float32"}
     assert found.keys() >= WHERE and row["tuples_per_second"] > 0 and row["peak_memory_gb"] > 0
     assert 0 < row["share_of_floor"] < 1
 

@@ -304,6 +304,16 @@ def test_classifiers_judge_in_float32(tmp_path, monkeypatch):
         assert named["x0"](x).dtype == torch.float32
 
 
+def test_classifiers_do_not_depend_on_likelihood_weights(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate.train_classifier, "__defaults__", (2, 8))
+    x, labels = {f"x{i}": torch.randn(20, 2) for i in range(2)}, torch.arange(20) % 3
+    data = datasets.from_tensors((x, labels), (x, labels), vectors(2))
+    for weight in (1.0, 9.0):
+        modalities = [dataclasses.replace(m, weight=weight) for m in data.modalities]
+        evaluate.classifiers(data.train, data.test, modalities, False, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2  # one of each modality
+
+
 # --------------------------------------------------------------------- by hand and by closed form
 
 
