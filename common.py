@@ -1000,8 +1000,8 @@ NETWORKS = {
         inner=block(norm=group_norm),
         dense=False,
     ),
-    # Kutuzova et al. 2021, Tables F.2 and F.7, which misprint it; the thirds' last kernel is 3 high,
-    # since 2 would end at 8 rows
+    # Kutuzova et al. 2021, Tables F.2 and F.7, which misprint it; the thirds' last kernel is 3
+    # high, since 2 would end at 8 rows
     "split": (to_split, convolutions((28, (2, 4), 2, 0), *wide(3), back=True)[1]),
     "split-3": (to_split, convolutions((28, (3, 4), 2, 0), *wide(2), back=True)[1]),
     # Wu & Goodman 2018, supplement, in the widths of the released code
