@@ -671,6 +671,8 @@ def accelerate(model, args, device, world, streams=False):
     # On a GPU, small operations that do not need each other share a kernel: 2.2 ms a step of MoPoE
     # on PolyMNIST in place of 2.5, on an H100.
     torch._inductor.config.combo_kernels = device.type == "cuda"
+    # Of TF32 in matrix products: they stay in float32 where there is no --amp.
+    warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")
     return torch.compile(model)
 
 

@@ -696,8 +696,10 @@ PROTOCOL = ("latent_train", "importance_samples")
 
 
 def settings_of(results):
-    """What makes two runs of a script two seeds of one setting: all options, and the protocol."""
-    return results["options"] | {name: results.get(name) for name in ("epochs", *PROTOCOL)}
+    """What makes two runs of a script two seeds of one setting: all options that are set, and the
+    protocol."""
+    options = {name: value for name, value in results["options"].items() if value != ""}
+    return options | {name: results.get(name) for name in ("epochs", *PROTOCOL)}
 
 
 def groups(runs, apart=()):

@@ -151,7 +151,20 @@ python benchmarks/throughput.py --methods mmvae-k10 --modes float32 bf16 --windo
     --json results/throughput_k10_cpu.json
 python benchmarks/evaluation.py --modes bf16 --json results/evaluation_cpu.json
 # throughput_epyc.json, of another machine, says its command. On a GPU:
-python benchmarks/throughput.py --methods mopoe mvae --windows 3 --seconds 0.7 --json results/throughput_h100.json
-rm -rf runs/polymnist-300-h100__mopoe__0
-python mopoe.py --dataset polymnist --beta 2.5 --amp --no-eval --runs-dir runs/polymnist-300-h100__mopoe__0
-cp runs/polymnist-300-h100__mopoe__0/*/metrics.csv results/polymnist-300-h100__mopoe__0.csv
+python benchmarks/throughput.py --methods mopoe mvae --modes float32 "float32 compiled" "bf16 compiled" \
+    --windows 3 --seconds 0.4 --json results/throughput_h200.json
+long=polymnist-300__mopoe__0
+rm -rf "runs/$long"
+python benchmarks/whole_run.py mopoe --dataset polymnist --beta 2.5 --amp --runs-dir "runs/$long" \
+    --json results/whole_run_h200.json
+cp "runs/$long"/*/results.json "results/$long.json"
+cp "runs/$long"/*/metrics.csv "results/$long.csv"
+cp "runs/$long"/*/samples/from_m1.png results/polymnist-300_from_m1.png
+run polymnist-h200__mopoe__0 mopoe --dataset polymnist --beta 2.5 --amp --epochs 20
+for seed in 0 1 2; do
+    export NVIDIA_TF32_OVERRIDE=0
+    run "polydigits-h200-exact__mopoe__$seed" mopoe --seed "$seed"
+    unset NVIDIA_TF32_OVERRIDE
+    run "polydigits-h200-tf32__mopoe__$seed" mopoe --seed "$seed"
+    run "polydigits-h200-amp__mopoe__$seed" mopoe --seed "$seed" --amp
+done

@@ -1,10 +1,13 @@
 """The benchmarks run, and say what they measured and where."""
 
+import argparse
 import importlib
 import json
 import subprocess
 import sys
 
+import pytest
+import torch
 from conftest import ROOT
 
 import evaluate
@@ -38,6 +41,31 @@ def test_throughput_is_measured_and_its_floor(tmp_path):
     assert found["methods"]["mopoe"]["matrix_product_per_second"].keys() == {"float32"}
     assert found.keys() >= WHERE and row["tuples_per_second"] > 0 and row["peak_memory_gb"] > 0
     assert 0 < row["share_of_floor"] < 1
+
+
+@pytest.fixture
+def throughput(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return importlib.import_module("throughput")
+
+
+@pytest.mark.parametrize("version", ["2.11.0", "2.13.0"])
+def test_dreg_competes_compiled_where_mmvae_compiles_it(monkeypatch, throughput, version):
+    monkeypatch.setattr(throughput, "peer_is_there", lambda: False)
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion(version))
+    options, plain = argparse.Namespace(modes=throughput.MODES), list(throughput.MODES[:2])
+    for method in ("mopoe", "mmvae-k1"):
+        found = throughput.contenders_of(method, options)
+        modes = plain if (method, version) == ("mmvae-k1", "2.11.0") else throughput.MODES
+        assert found == [f"{method} {mode}" for mode in modes]
+
+
+def test_a_contender_that_dies_ends_the_others(throughput, capsys):
+    options = argparse.Namespace(device="cpu", batch_size=2, latent_dim=2)
+    waits, dies = (throughput.Contender(f"{name} float32", options) for name in ("mopoe", "none"))
+    with pytest.raises(SystemExit, match="--contender none float32: ended early"):
+        dies.seconds(1)
+    assert waits.process.wait(timeout=60) != 0
 
 
 def test_the_evaluations_parts_are_measured(tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import csv
 import shutil
 import sys
 import types
+import warnings
 
 import pytest
 import tiny
@@ -153,6 +154,16 @@ def test_compiled_with_amp_products_have_gradients_in_float32(without_code_gener
         sum(t.square().sum() for t in products).backward()
         found.append([t.grad for t in experts])
     assert_equal(*found, tolerance=1e-5)  # bfloat16 has 3e-3
+
+
+def test_compiled_for_a_gpu_float32_without_tf32_is_no_cause_for_a_warning(configured):
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        common.accelerate(torch.nn.Identity(), configured, torch.device("cuda"), world=1)
+        warnings.warn(
+            "TensorFloat32 tensor cores for float32 matrix multiplication …", stacklevel=1
+        )
+    assert not seen
 
 
 class Recorder:

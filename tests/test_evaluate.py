@@ -631,6 +631,12 @@ def test_a_switch_names_a_row_where_it_is_on():
     assert list(labels) == ["mopoe.py --amp", "mopoe.py"]
 
 
+def test_an_option_that_is_not_set_is_as_one_that_a_former_version_lacks():
+    runs = [made(weights=""), made(seed=1), made(weights="x0=2")]
+    found = {label: len(members) for label, members in evaluate.groups(runs).items()}
+    assert found == {"mopoe.py": 2, "mopoe.py --weights x0=2": 1}
+
+
 def test_more_than_three_modalities_are_shown_by_the_number_given():
     results = made(M=4)
     for subset in ("x0", "x1"):

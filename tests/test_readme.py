@@ -110,7 +110,8 @@ COMPARED, SPLIT = ["mvae.py", "mmvae.py", "mopoe.py"], ["svae.py", "vaevae.py", 
 
 def test_the_numbers_beside_the_papers_are_those_of_results():
     papers = json.loads(evaluate.PAPERS.read_text())
-    rows = [("polymnist__*", "mopoe.py", INPUTS, 0)]
+    rows = [("polymnist-300__*", "mopoe.py", columns, 0) for columns in (INPUTS, [JOINT])]
+    rows += [("polymnist__*", "mopoe.py", INPUTS, 0)]
     rows += [("polymnist__*", label, [JOINT], 0) for label in COMPARED]
     rows += [("mnist-svhn-text__*", label, [LATENTS], 0) for label in COMPARED]
     rows += [("mnist-svhn-text__*", label, [JOINT], 0) for label in COMPARED]
@@ -125,7 +126,7 @@ def test_the_numbers_beside_the_papers_are_those_of_results():
     for line, (pattern, label, columns, which) in zip(table.splitlines(), rows, strict=True):
         *_, method, paper, here = line.strip("| ").split(" | ")
         found = measured(f"{pattern}.json")
-        of_paper = papers[re.sub("(-340|-weight)?__.*", "", pattern)]
+        of_paper = papers[re.sub("(-300|-340|-weight)?__.*", "", pattern)]
         script = label.partition(".py")[0]
         assert method.split(",")[0].lower() == script
         printed = [of_paper[script][metric][which]["columns"][name] for metric, name in columns]
@@ -351,24 +352,59 @@ def test_the_table_of_speed_is_that_of_results():
 
 
 def test_the_table_of_a_gpu_is_that_of_results():
-    speed = json.loads((ROOT / "results" / "throughput_h100.json").read_text())["methods"]
+    speed = json.loads((ROOT / "results" / "throughput_h200.json").read_text())["methods"]
     for method, found in speed.items():
         found = found["contenders"]
-        rates = {name: f"{row['tuples_per_second']:,.0f}" for name, row in found.items()}
-        shares = {name: f"{100 * row['share_of_floor']:.1f} %" for name, row in found.items()}
-        fast, slow = f"{method} {{}} compiled", f"{method} {{}}"
-        pairs = ((rates, fast), (shares, fast), (rates, slow))
-        cells = [f"{t[k.format('float32')]} ({t[k.format('bf16')]})" for t, k in pairs]
+        fast = [found[f"{method} {dtype} compiled"] for dtype in ("float32", "bf16")]
+        rates = "{:,.0f} ({:,.0f})".format(*(row["tuples_per_second"] for row in fast))
+        times = "{:.2f} ({:.2f})".format(*(row["times_the_peer"] for row in fast))
+        shares = "{:.1f} % ({:.1f} %)".format(*(100 * row["share_of_floor"] for row in fast))
+        plain, peer = (
+            f"{found[name]['tuples_per_second']:,.0f}"
+            for name in (f"{method} float32", f"multivae-{method} float32")
+        )
+        cells = rates, peer, times, shares, plain
         assert f"| `{method}.py` | {' | '.join(cells)} |" in README
 
 
 def test_the_300_epochs_are_as_their_log_has_them():
-    with open(ROOT / "results" / "polymnist-300-h100__mopoe__0.csv", newline="") as file:
+    with open(ROOT / "results" / "polymnist-300__mopoe__0.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     rates = [float(row["tuples_per_second"]) for row in rows]
-    seconds = [60_000 // 256 * 256 / rate for rate in rates]
+    seconds = sum(60_000 // 256 * 256 / rate for rate in rates)
     assert len(rows) == 300
-    assert f"at {statistics.median(rates):,.0f} tuples/s (median)" in README
-    assert f"in {sum(seconds):.0f} s, {seconds[0]:.0f} of them in the first epoch" in README
+    assert f"{seconds:.0f} s for the 300 epochs, at {statistics.median(rates):,.0f}" in README
     for epoch in (1, 50, 100, 300):
         assert f"{float(rows[epoch - 1]['objective']):,.1f}" in RESULTS
+
+
+def test_the_parts_of_the_whole_run_are_as_measured():
+    found = json.loads((ROOT / "results" / "whole_run_h200.json").read_text())
+    assert f"there {found['seconds_in_all']:.0f} s ([file]" in README
+    parts = found["seconds"]
+    names = "latent accuracy", "coherence", "joint coherence", "log-likelihood"
+    pictures = "pictures", "picture of latents"
+    evaluation = sum(parts[name] for name in names + pictures)
+    assert f"{parts['classifiers']:.0f} s for the metrics' classifiers" in README
+    assert f"{evaluation:.0f} s for the evaluation, {parts['imports']:.0f} s for" in README
+
+
+def test_the_tables_of_mopoe_on_a_gpu_are_those_of_results():
+    runs = {"300 epochs": "polymnist-300__*.json", "20 epochs": "polymnist-h200__*.json"}
+    for label, pattern in runs.items():
+        found = {metric: rows["mopoe.py"] for metric, rows in measured(pattern).items()}
+        joint = f"{found[JOINT[0]][JOINT[1]][0]:.1f}"
+        for metric in (INPUTS[0][0], "latent accuracy, %", "log p(X), nats"):
+            values = [found[metric].get(n) for n in "12345"]
+            cells = [f"{value[0]:.1f}" if value else "–" for value in values]
+            assert_row(label, [*cells, joint if metric == INPUTS[0][0] else "–"])
+    for name, label in (
+        ("exact", "float32"),
+        ("tf32", "TF32 in convolutions"),
+        ("amp", "`--amp`"),
+    ):
+        found = measured(f"polydigits-h200-{name}__*.json")
+        coherence = ", ".join(f"{found[metric]['mopoe.py'][n][0]:.1f}" for metric, n in INPUTS)
+        joint = evaluate.plus_minus(*found[JOINT[0]]["mopoe.py"][JOINT[1]])
+        log_p = evaluate.plus_minus(*found["log p(X), nats"]["mopoe.py"]["5"])
+        assert_row(label, [coherence, joint, log_p])
