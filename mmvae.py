@@ -112,9 +112,9 @@ class MMVAE(nn.Module):
         self.beta, self.objective_name, self.K, self.kl = beta, objective, K, kl
         self.distribution = {"laplace": Laplace, "normal": Normal}[distribution]
         self.scales = scales
-        D = latent_dim + private_dim
-        self.encoders = nn.ModuleList(encoder(m, 2 * D) for m in modalities)
-        self.decoders = nn.ModuleList(decoder(m, D) for m in modalities)
+        width = latent_dim + private_dim
+        self.encoders = nn.ModuleList(encoder(m, 2 * width) for m in modalities)
+        self.decoders = nn.ModuleList(decoder(m, width) for m in modalities)
         self.prior_logits = nn.Parameter(torch.zeros(latent_dim), requires_grad=learn_prior)
         private = torch.ones(len(modalities) * private_dim)
         self.register_buffer("private_scales", private, persistent=False)

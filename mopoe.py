@@ -12,8 +12,8 @@ Expected on polydigits: coherence of the modalities not given, given 1, 2, 3, 4:
 joint coherence 29 %; latent accuracy given all 99 %.
 
 The upper bound, the released code's as well, is the mean of the components' KLs. With it Eq. (6) is
-Eq. (5), the mean of the subsets' ELBOs: `--expectation all` computes that mean, the default samples
-it with one subset an example. `--kl mixture` is Lemma 3's tighter bound of log p(X), and with it
+the mean of the subsets' ELBOs (Lemma 1; Table 7 calls it Eq. (5)): `--expectation all` computes that
+mean, the default samples it with one subset an example. `--kl mixture` is Lemma 3's tighter bound of log p(X), and with it
 `--subsets singletons` the MoE objective, Eq. (9); `--subsets full` is the PoE's, Eq. (7). These are
 about training: given several modalities, `posterior` is their product all the same.
 """
@@ -43,7 +43,7 @@ from common import (
 DEFAULTS = datasets.settings(
     {
         "celeba-text": dict(latent_dim=32, private_dim=32),  # App. E.2
-        "celeba19": dict(subsets="singletons"),  # of 2^19 - 1
+        "celeba19": dict(subsets="singletons"),  # all 2^19 - 1 are too many
     }
 )
 
@@ -55,7 +55,7 @@ def arguments(argv):
     add("--private-dim", type=dimension, default=0, help=about)
     about = "components of the mixture: all subsets, the single modalities, or the full set"
     add("--subsets", choices=["all", "singletons", "full"], default="all", help=about)
-    about = "sample one subset an example, evenly over the batch, or every subset, Eq. (5)"
+    about = "sample one subset an example, evenly over the batch, or every subset, Lemma 1"
     add("--expectation", choices=["stratified", "all"], default="stratified", help=about)
     about = "mean of the components' KLs in closed form, or the mixture's own by sampling"
     add("--kl", choices=["components", "mixture"], default="components", help=about)
@@ -86,9 +86,9 @@ class MoPoE(nn.Module):
         self.latent_dim, self.private_dim = latent_dim, private_dim
         self.beta, self.subsets, self.expectation, self.kl = beta, subsets, expectation, kl
         self.prior_expert = prior_expert
-        D = latent_dim + private_dim
-        self.encoders = nn.ModuleList(encoder(m, 2 * D) for m in modalities)
-        self.decoders = nn.ModuleList(decoder(m, D) for m in modalities)
+        width = latent_dim + private_dim
+        self.encoders = nn.ModuleList(encoder(m, 2 * width) for m in modalities)
+        self.decoders = nn.ModuleList(decoder(m, width) for m in modalities)
         M = len(modalities)
         if subsets == "all" and M > 10:
             raise UserError(

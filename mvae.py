@@ -103,9 +103,9 @@ class MVAE(nn.Module):
         self.modalities = modalities
         self.latent_dim, self.private_dim = latent_dim, private_dim
         self.beta, self.random_subsets, self.quotient = beta, random_subsets, product == "quotient"
-        D, M = latent_dim + private_dim, len(modalities)
-        self.encoders = nn.ModuleList(encoder(m, 2 * D) for m in modalities)
-        self.decoders = nn.ModuleList(decoder(m, D) for m in modalities)
+        width, M = latent_dim + private_dim, len(modalities)
+        self.encoders = nn.ModuleList(encoder(m, 2 * width) for m in modalities)
+        self.decoders = nn.ModuleList(decoder(m, width) for m in modalities)
         self.register_buffer("singletons", torch.eye(M, dtype=torch.bool), persistent=False)
         self.register_buffer("zeros", torch.zeros(latent_dim + M * private_dim), persistent=False)
         self.register_buffer("annealing", torch.ones(()), persistent=False)

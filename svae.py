@@ -16,7 +16,8 @@ joint coherence 9 %; latent accuracy given all 97 %.
 
 A step takes a batch of complete tuples (of which `--supervision` leaves a share) and a batch of
 each modality alone. With two modalities `--objective` is one of
-    svae      Eq. (7) - (10): for a complete tuple E_q(z|x1,x2)[log p(x1|z) + log p(x2|z)]
+    svae      Eq. (7) - (10), p(z|x_i) replaced by q(z|x_i): for a complete tuple
+              E_q(z|x1,x2)[log p(x1|z) + log p(x2|z)]
               - KL(q(z|x1,x2) || q(z|x1)) - KL(q(z|x1,x2) || q(z|x2)) and the ELBOs of its
               modalities; for a modality alone its ELBO
     vaevae    without the ELBOs of a complete tuple's modalities ("SVAE*")
@@ -29,7 +30,7 @@ the whole has one; that one filler stands in for all missing experts when M > 3 
 reading. Every S with |S| >= 2 adds E_q(z|x_S)[Σ_{i in S} log p(x_i|z)] - Σ_{i in S} KL(q(z|x_S) ||
 q(z|x_S without x_i)), and all but the whole also - KL(q(z|x_S) || p(z)), each summed over the forms
 of the posteriors in it. That reads (D.29) without its KL to the absent modality's posterior, and
-(D.31) as a sum over unordered pairs. With five modalities that is 220 decodings of a complete
+(D.31) as a sum over unordered pairs; the ELBOs that `vaevae` leaves out are the same. With five modalities that is 220 decodings of a complete
 tuple. `--expectation stratified` gives it the terms of one S between one and all modalities, as
 often as there are such S: the same in expectation, at 18 decodings.
 """
@@ -61,7 +62,7 @@ DEFAULTS = datasets.settings(
         # Each of the many posteriors is held to those of the smaller sets and to the prior; with
         # β = 1 and a batch of 64, coherence was 21 to 24 % after six epochs.
         "polydigits": dict(epochs=8, batch_size=16, lr=1e-3, beta=0.5),
-        # App. F, which names no batch sizes; the released code has 100 and 256.
+        # App. F, which names no batch sizes: those of datasets.SETTINGS stay.
         "cub": dict(epochs=200, lr=1e-4),
         "mnist-svhn": dict(epochs=50, lr=1e-4),
     }
@@ -117,7 +118,8 @@ class SVAE(nn.Module):
         return gaussian(self.zeros, self.zeros)
 
     def posterior(self, x):
-        """q(z|x_S) for the modalities in x; where S has several forms, the mixture of them."""
+        """q(z|x_S) for the modalities in x; where S has several forms, their mixture, which is this
+        project's reading."""
         S = tuple(m.name for m in self.modalities if m.name in x)
         forms = [product_of_gaussians(*self.experts(x, form)) for form in self.forms[S]]
         mu, logvar = (torch.stack(t, 1) for t in zip(*forms, strict=True))  # (B, F, D)
@@ -200,7 +202,7 @@ class SVAE(nn.Module):
             q_S = [t[:, None, rows[S]] for t in q[S]]
             to_prior = gaussian_kl(*q_S).sum((0, 1))
             if len(S) == 1:
-                kl = to_prior  # (D.30)
+                kl = to_prior  # (D.30), and of a complete tuple Eq. (7)
                 counts = counts & ((n == 1) | (self.objective_name == "svae"))
             else:
                 kl = torch.where(n[rows[S]] > len(S), to_prior, 0)  # (D.29), not in (D.28)

@@ -52,7 +52,7 @@ DEFAULTS = datasets.settings(
     {
         # Each of the many posteriors is held to those of the smaller sets and to the prior.
         "polydigits": dict(epochs=10, batch_size=16, lr=1e-3, beta=0.5, joint="poe"),
-        # App. F, which names no batch sizes; the released code has 100 and 256.
+        # App. F, which names no batch sizes: those of datasets.SETTINGS stay.
         "cub": dict(epochs=200, lr=1e-4),
         "mnist-svhn": dict(epochs=50),
     }
@@ -197,7 +197,7 @@ class VAEVAE(nn.Module):
             q_S = [t[rows[S]] for t in q[S]]
             to_prior = gaussian_kl(*q_S)
             if len(S) == 1:
-                kl = to_prior  # (D.30)
+                kl = to_prior  # (D.30), and of a complete tuple Eq. (7)
                 counts = counts & ((n == 1) | (self.objective_name == "svae"))
             else:
                 kl = torch.where(n[rows[S]] > len(S), to_prior, 0)  # (D.29), not in (D.28)

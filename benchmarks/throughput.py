@@ -23,6 +23,7 @@ import json
 import math
 import platform
 import re
+import shlex
 import statistics
 import subprocess
 import sys
@@ -164,6 +165,7 @@ def peer_step(method, mode, options, device):
     decoders = {m.name: Decoder(m) for m in modalities()}
     model = Model(config, encoders, decoders).to(device)
     model.device = device
+    torch.backends.cudnn.benchmark = True  # as common.accelerate has it on a GPU
     optimizer, train = adam(model), peer_data(device)
 
     def update(rows):
@@ -220,7 +222,7 @@ def processor():
 def circumstances(device):
     """What a result was measured by, and on what."""
     return {
-        "command": "python " + " ".join(sys.argv),
+        "command": shlex.join(["python", *sys.argv]),
         "machine": torch.cuda.get_device_name() if device.type == "cuda" else processor(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,

@@ -15,6 +15,7 @@ import argparse
 import functools
 import importlib
 import json
+import shlex
 import statistics
 import sys
 from pathlib import Path
@@ -64,7 +65,7 @@ def main():
     p.add_argument("script", choices=["mvae", "mmvae", "mopoe", "svae", "vaevae"])
     p.add_argument("--json", metavar="FILE", help="write the result there")
     options, theirs = p.parse_known_args()
-    command = "python " + " ".join(sys.argv)
+    command = shlex.join(["python", *sys.argv])
     script = importlib.import_module(options.script)
     SECONDS["imports"] = time.monotonic() - BEGAN
     for part, (module, name) in PARTS.items():

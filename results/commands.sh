@@ -4,6 +4,7 @@
 # and CelebA a part was at hand: with all of them the numbers will differ. Each block can be run alone.
 # The results were made by these commands one by one, not by this script in one go.
 set -e
+export CUDA_VISIBLE_DEVICES=  # all but the last block on a CPU
 
 # run NAME SCRIPT OPTION... trains in runs/NAME, emptied first; keeps the results as results/NAME.json
 run() {
@@ -150,13 +151,17 @@ python benchmarks/throughput.py --methods mopoe mvae mmvae-k1 mmvae-k10 svae sva
 python benchmarks/throughput.py --methods mmvae-k10 --modes float32 bf16 --windows 7 --seconds 2 \
     --json results/throughput_k10_cpu.json
 python benchmarks/evaluation.py --modes bf16 --json results/evaluation_cpu.json
-# throughput_epyc.json, of another machine, says its command. On a GPU:
+# throughput_epyc.json, of another machine, says its command.
+
+# On a GPU, the first two with nothing beside them:
+unset CUDA_VISIBLE_DEVICES
+nvidia-smi > /dev/null || exit 0
 python benchmarks/throughput.py --methods mopoe mvae --modes float32 "float32 compiled" "bf16 compiled" \
     --windows 3 --seconds 0.4 --json results/throughput_h200.json
 long=polymnist-300__mopoe__0
-rm -rf "runs/$long"
-python benchmarks/whole_run.py mopoe --dataset polymnist --beta 2.5 --amp --runs-dir "runs/$long" \
-    --json results/whole_run_h200.json
+rm -rf "runs/$long" runs/nothing-cached
+python benchmarks/whole_run.py mopoe --dataset polymnist --beta 2.5 --amp --cache-dir runs/nothing-cached \
+    --runs-dir "runs/$long" --json results/whole_run_h200.json
 cp "runs/$long"/*/results.json "results/$long.json"
 cp "runs/$long"/*/metrics.csv "results/$long.csv"
 cp "runs/$long"/*/samples/from_m1.png results/polymnist-300_from_m1.png
