@@ -390,6 +390,15 @@ def test_the_parts_of_the_whole_run_are_as_measured():
     assert f"{evaluation:.0f} s for the evaluation, {parts['imports']:.0f} s for" in README
 
 
+def test_the_table_of_mopoe_on_faces_is_that_of_results():
+    found = {m: rows["mopoe.py"] for m, rows in measured("polymnist-faces__*.json").items()}
+    joint = f"{found[JOINT[0]][JOINT[1]][0]:.1f}"
+    for (metric, _), last in ((INPUTS[0], joint), (("latent accuracy, %", "1"), "–")):
+        values = [found[metric].get(n) for n in "12345"]
+        cells = [f"{value[0]:.1f}" if value else "–" for value in values]
+        assert_row(f"{metric.removesuffix(', %')}, on faces, %", [*cells, last])
+
+
 def test_the_tables_of_mopoe_on_a_gpu_are_those_of_results():
     runs = {"300 epochs": "polymnist-300__*.json", "20 epochs": "polymnist-h200__*.json"}
     for label, pattern in runs.items():
