@@ -152,9 +152,9 @@ for share in 1 0.1 0.01; do
         --supervision "$share"
     run "fashion-label-weight__mvae__0__$share" mvae --dataset fashion-label --epochs 4 \
         --anneal-epochs 0 --supervision "$share" --weights label=1
+    run "fashion-label-weight-2__mvae__0__$share" mvae --dataset fashion-label --epochs 4 \
+        --anneal-epochs 0 --supervision "$share" --weights label=2
 done
-run fashion-label-weight-2__mvae__0__1 mvae --dataset fashion-label --epochs 4 --anneal-epochs 0 \
-    --weights label=2
 run multimnist__mvae__0 mvae --dataset multimnist --epochs 5 --anneal-epochs 0
 run celeba-attr__mvae__0 mvae --dataset celeba-attr --epochs 20 --anneal-epochs 4
 run celeba-attr-weight__mvae__0 mvae --dataset celeba-attr --epochs 20 --anneal-epochs 4 \

@@ -264,27 +264,26 @@ def test_the_tables_of_mnist_with_labels_are_those_of_results(pattern, row):
 
 
 def test_the_table_of_few_labels_is_that_of_results_and_of_the_paper():
-    found, weighted = (measured(f"fashion-label{name}__*.json") for name in ("", "-weight"))
+    weights = "", "-weight", "-weight-2"
+    found = [measured(f"fashion-label{name}__*.json") for name in weights]
     columns = []
     papers = json.loads(evaluate.PAPERS.read_text())["fashion-label"]["mvae"]
     metric = "labels and texts generated as they are, %"
     for share in (1.0, 0.1, 0.01):
         label = f"mvae.py --supervision {share}"
-        of, of_one = ({m: t.get(label) for m, t in runs.items()} for runs in (found, weighted))
         (paper,) = [p for p in papers[metric] if p["options"]["supervision"] == [share]]
-        columns.append(
-            [
+        columns.append([])
+        for of_one in found:
+            of = {metric: rows.get(label) for metric, rows in of_one.items()}
+            columns[-1] += [
                 of[metric]["image → label"][0],
                 of["latent accuracy, %"]["image"][0],
                 of["log p(X), nats"]["image+label"][0],
-                of_one[metric]["image → label"][0],
-                of_one["latent accuracy, %"]["image"][0],
-                of_one["log p(X), nats"]["image+label"][0],
-                *paper["columns"]["image → label"],
             ]
-        )
+        columns[-1] += paper["columns"]["image → label"]
     titles = ["image → label, %", "image's latents, %", "log p(X)"]
-    titles += [f"λ = 1, {title}" for title in titles] + ["paper, image → label, %"]
+    titles += [f"λ = {weight}, {title}" for weight in (1, 2) for title in titles]
+    titles.append("paper, image → label, %")
     for title, *values in zip(titles, *columns, strict=True):
         assert_row(title, [f"{value:.1f}" for value in values])
 
