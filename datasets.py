@@ -69,8 +69,8 @@ class Split:
     """Tuples of all modalities: tensors[name] (n, *shape), labels (N,), or attributes (N, A), and
     for each modality the row of tensors[name] that belongs to each tuple, index[name] (N,).
     observed (N, M) is False where a modality is missing, None where none is. streams: see
-    `with_streams`. Where pixels are drawn, they are black or white, anew in each batch, with their brightness as
-    the chance of white."""
+    `with_streams`. Where pixels are drawn, they are black or white, anew in each batch, with their
+    brightness as the chance of white."""
 
     tensors: dict[str, torch.Tensor]
     labels: torch.Tensor

@@ -60,7 +60,7 @@ def test_dreg_competes_compiled_where_mmvae_compiles_it(monkeypatch, throughput,
         assert found == [f"{method} {mode}" for mode in modes]
 
 
-def test_a_contender_that_dies_ends_the_others(throughput, capsys):
+def test_a_contender_that_dies_ends_the_others(throughput):
     options = argparse.Namespace(device="cpu", batch_size=2, latent_dim=2)
     waits, dies = (throughput.Contender(f"{name} float32", options) for name in ("mopoe", "none"))
     with pytest.raises(SystemExit, match="--contender none float32: ended early"):
