@@ -45,8 +45,8 @@ from common import (
 DEFAULTS = datasets.settings(
     {
         "polydigits": dict(anneal_epochs=10),
-        # Not in Sutter et al. 2021; without, the experts' log-variances run up to their clamp, where
-        # there is no gradient, within twenty steps.
+        # Not in Sutter et al. 2021; without, the experts' log-variances run up to their clamp,
+        # where there is no gradient, within twenty steps.
         "polymnist": dict(anneal_epochs=5),
         # Supplement, Section 1.
         "mnist-label": dict(anneal_epochs=200),

@@ -30,9 +30,10 @@ the whole has one; that one filler stands in for all missing experts when M > 3 
 reading. Every S with |S| >= 2 adds E_q(z|x_S)[Σ_{i in S} log p(x_i|z)] - Σ_{i in S} KL(q(z|x_S) ||
 q(z|x_S without x_i)), and all but the whole also - KL(q(z|x_S) || p(z)), each summed over the forms
 of the posteriors in it. That reads (D.29) without its KL to the absent modality's posterior, and
-(D.31) as a sum over unordered pairs; the ELBOs that `vaevae` leaves out are the same. With five modalities that is 220 decodings of a complete
-tuple. `--expectation stratified` gives it the terms of one S between one and all modalities, as
-often as there are such S: the same in expectation, at 18 decodings.
+(D.31) as a sum over unordered pairs; the ELBOs that `vaevae` leaves out are the same. With five
+modalities that is 220 decodings of a complete tuple. `--expectation stratified` gives it the terms
+of one S between one and all modalities, as often as there are such S: the same in expectation, at
+18 decodings.
 """
 
 import itertools

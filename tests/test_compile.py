@@ -65,8 +65,8 @@ EARLY = torch.__version__ < (2, 13)
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_compiled_is_as_uncompiled(float64, kind, masked):
-    """Through Dynamo and AOTAutograd, without the code generator, so that the noise is the same; the
-    streams of complete tuples and of each modality alone, or every pattern in one batch."""
+    """Through Dynamo and AOTAutograd, without the code generator, so that the noise is the same;
+    the streams of complete tuples and of each modality alone, or every pattern in one batch."""
     if EARLY and any(name in kind for name in HOOKED):
         pytest.skip("mmvae.py does not compile it")
     make, options = KINDS[kind]
@@ -167,7 +167,7 @@ def test_compiled_for_a_gpu_float32_without_tf32_is_no_cause_for_a_warning(confi
 
 
 class Recorder:
-    """In place of a CUDA graph: what is done while it captures is only noted, and done by replay."""
+    """In place of a CUDA graph: what is done while it captures is noted only, done by replay."""
 
     def __init__(self):
         self.notes, self.captures = [], False

@@ -646,6 +646,22 @@ def test_more_than_three_modalities_are_shown_by_the_number_given():
     assert "coherence from a subset to a target, %" not in found
 
 
+def test_log_likelihoods_given_all_stand_beside_those_of_every_subset():
+    """Of a run that was evaluated with --proposals full."""
+    fewer = made(M=4, beta=5.0)
+    for subset in evaluate.subsets_of(vectors(4))[:-1]:
+        del fewer[f"log_likelihood/{'+'.join(subset)}"]
+    assert evaluate.numbers(fewer)["latent accuracy, %"] == dict.fromkeys("1234", 50)
+    runs, metric = [fewer, made(M=4)], "coherence of the modalities not given, %"
+    for ordered in (runs, runs[::-1]):
+        table = evaluate.comparison(ordered).split("log p(X), nats")[1].splitlines()
+        rows = {tuple(cells[:3]): cells[3:7] for cells in map(str.split, table[:3])}
+        assert rows["mopoe.py", "--beta", "5.0"] == ["–", "–", "–", "0.5"]
+        assert rows["mopoe.py", "--beta", "1.0"] == ["0.5"] * 4
+        (points,) = evaluate.curves(ordered, "beta")[metric].values()
+        assert points == [(0.5, 50, None, "1"), (0.5, 50, None, "5")]
+
+
 def test_tables_state_source_epochs_seeds_and_the_papers_number(tmp_path, capsys):
     mopoe = dict(M=4, beta=2.5, subsets="all")
     runs = [made(**mopoe), made(**mopoe, seed=1), made("mvae", M=4, source="elsewhere")]

@@ -364,7 +364,7 @@ def test_masked_content_changes_neither_value_nor_gradient(float64, objective, p
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("private_dim", [0, 2])
 def test_streams_are_the_masked_batch(float64, monkeypatch, objective, private_dim):
-    """A complete tuple is decoded from three samples of each expert, a modality alone from three."""
+    """A complete tuple is decoded from 3 samples of each expert, a modality alone from 3."""
     if private_dim and objective in ("elbo-is", "dreg-mixture"):
         pytest.skip("refused")
     settings = dict(objective=objective, K=3, private_dim=private_dim, learn_prior=True)

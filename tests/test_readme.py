@@ -85,7 +85,7 @@ def test_what_readme_links_to_exists(folder):
 
 
 def measured(pattern):
-    """evaluate.statistics of the committed results: {metric: {label: {column: (mean, deviation)}}}."""
+    """evaluate.statistics of the committed results, {metric: {label: {column: (mean, …)}}}."""
     files = sorted((ROOT / "results").glob(pattern))
     return evaluate.statistics([evaluate.read_results(file) for file in files])
 

@@ -217,6 +217,12 @@ def test_an_option_of_the_evaluation_changes_its_own_numbers_only(script, tmp_pa
         found = results(*options)
         changed = {key for key in plain if found[key] != plain[key]}
         assert len(changed) > 1 and all(re.fullmatch(own, key) for key in changed)
+    found = results("--proposals", "full")
+    assert found.items() < plain.items()
+    others = {f"log_likelihood/{name}" for name in ("vector", "label")}
+    assert others == {
+        key for key in plain.keys() - found.keys() if key.startswith("log_likelihood")
+    }
 
 
 def test_runs_are_drawn_side_by_side(tmp_path, capsys, monkeypatch):
@@ -394,7 +400,7 @@ def test_stopped_it_says_how_to_go_on_where_there_is_a_checkpoint(tmp_path, caps
 
 
 def die_half_way():
-    """From now on: killed in the middle of the third file that is written, the second checkpoint."""
+    """From now on: killed in the middle of the third file written, the second checkpoint."""
     calls = []
 
     def die(descriptor):
