@@ -37,16 +37,17 @@ MVAE_ON_CELEBA = dict(epochs=100, batch_size=100, lr=1e-4, latent_dim=100)
 OWN_ON_DIGITS = dict(epochs=100, batch_size=64, lr=1e-3, latent_dim=16)
 SETTINGS = {
     "polydigits": dict(epochs=30, batch_size=64, lr=2e-3, latent_dim=32),  # tuned here
-    # Sutter et al. 2021, App. D.2, C.2 and E.2; the released scripts have lr 5e-4 on PolyMNIST, and
-    # 200 epochs and β 2.5 on MNIST-SVHN-Text.
+    # Sutter et al. 2021, App. D.2, C.2 and E.2, the batches of the released scripts, which have lr
+    # 5e-4 on PolyMNIST, and 200 epochs and β 2.5 on MNIST-SVHN-Text.
     "polymnist": dict(epochs=300, batch_size=256, lr=1e-3, latent_dim=512, beta=2.5),
     "mnist-svhn-text": dict(epochs=150, batch_size=256, lr=1e-3, latent_dim=20, beta=5.0),
-    "mnist-svhn": dict(epochs=30, batch_size=128, lr=1e-3, latent_dim=20),  # Shi et al. 2019
+    # Shi et al. 2019, epochs and batch of the released code.
+    "mnist-svhn": dict(epochs=30, batch_size=128, lr=1e-3, latent_dim=20),
     "celeba-text": dict(epochs=200, batch_size=256, lr=5e-4, latent_dim=64, beta=2.5),
     # Kutuzova et al. 2021, App. F, which names no batch size; the released code has 100.
     "mnist-split": dict(epochs=200, batch_size=128, lr=2e-4, latent_dim=64),
     "mnist-split-3": dict(epochs=50, batch_size=128, lr=2e-4, latent_dim=64),
-    # Wu & Goodman 2018, supplement, Section 1.
+    # Wu & Goodman 2018, supplement, Section 1; CelebA's latents are the released code's.
     "mnist-label": MVAE_ON_MNIST,
     "binary-mnist-label": MVAE_ON_MNIST,
     "fashion-label": MVAE_ON_MNIST,
@@ -214,7 +215,8 @@ def with_gaps(split, keep, seed):
 def with_streams(split, supervision, seed):
     """The split as the streams of weak supervision (Kutuzova et al. 2021, Algorithm 1): one of
     complete tuples, a share `supervision` of all, chosen by the seed, and for each modality one of
-    all its examples, of which the other modalities count as missing."""
+    all its examples, of which the other modalities count as missing. Those of the complete tuples
+    are in it, too, where the paper has unpaired data only."""
     observed = torch.ones(len(split), len(split.tensors), dtype=torch.bool)
     if split.observed is not None:
         observed = split.observed.cpu()

@@ -315,40 +315,48 @@ def log_likelihood(model, test, samples=IMPORTANCE_SAMPLES, proposals="all", see
     proposal, as a flat dict, with the standard error over the tuples, the effective number of
     samples and the variance of the log weights. proposals "full" leaves only the full set's.
 
-    With up to three modalities, or given all, also log p(x_i) and, as log p(X) less that of the
-    others, log p(x_i|the others), whose log weights are log p(x_i|z) q(z|others) / q(z|x_S) (Wu &
-    Goodman 2018, Section 5 and supplement, Tables 1 and 2).
+    With up to three modalities, or given all, also log p(x_i) and log p(x_i|the others). The latter
+    is log p(X) less log p(the others), by samples of the others' own posterior, since q(z|x_S) may
+    miss much of theirs; with proposals "full" there is none. Its variance is that of the log of
+    p(x_i|z) q(z|others) / q(z|x_S) (Wu & Goodman 2018, Section 5 and supplement, Tables 1 and 2).
     """
     names, subsets = [m.name for m in model.modalities], subsets_of(model.modalities)
     subsets = [names] if proposals == "full" else subsets
-    results = {}
+    results, own, conditionals = {}, {}, []
 
-    def put(kind, key, value, variance, effective=None):
-        results[f"{kind}/{key}"] = value.mean().item()
-        results[f"standard_error/{kind}/{key}"] = (value.std() / len(value) ** 0.5).item()
-        results[f"log_weight_variance/{kind}/{key}"] = variance.mean().item()
+    def put(metric, value, variance, effective=None):
+        results[metric] = value.mean().item()
+        results[f"standard_error/{metric}"] = (value.std() / len(value) ** 0.5).item()
+        results[f"log_weight_variance/{metric}"] = variance.mean().item()
         if effective is not None:
-            results[f"effective_samples/{kind}/{key}"] = effective.mean().item()
+            results[f"effective_samples/{metric}"] = effective.mean().item()
 
     for subset in tqdm(subsets, "log-likelihood", leave=False, disable=None):
         torch.manual_seed(seed)
-        single = names if len(subsets) <= 7 or subset == names else []
-        others = [[name for name in names if name != i] for i in single]
+        key, joint = "+".join(subset), f"log_likelihood/{'+'.join(subset)}"
+        single = names if len(names) <= 3 or subset == names else []
+        others = {name: tuple(n for n in names if n != name) for name in single}
         found = []
         for x in chunks(test):
             prior, q = model.prior(), model.posterior({name: x[name] for name in subset})
-            targets = [(names, prior), *(([i], prior) for i in single)]
-            targets += [(rest, prior) for rest in others]
-            given = [model.posterior({name: x[name] for name in rest}) for rest in others]
-            targets += [([i], p) for i, p in zip(single, given, strict=True)]
-            found.append(torch.stack(weigh(log_weights(model, q, x, samples, targets))))
-        value, effective, variance = torch.cat(found, -1)  # (targets, tuples) each
-        key, M = "+".join(subset), len(single)
-        put("log_likelihood", key, value[0], variance[0], effective[0])
-        for i, name in enumerate(single, 1):
-            own, rest, conditional = i, i + M, i + 2 * M
-            put("marginal", f"{key}/{name}", value[own], variance[own], effective[own])
-            put("conditional", f"{key}/{name}", value[0] - value[rest], variance[conditional])
+            targets = {joint: (names, prior), "own": (subset, prior)}
+            for i in single:
+                given = model.posterior({name: x[name] for name in others[i]})
+                targets[f"marginal/{key}/{i}"] = [i], prior
+                targets[f"conditional/{key}/{i}"] = [i], given
+            log_w = log_weights(model, q, x, samples, list(targets.values()))
+            found.append(torch.stack(weigh(log_w), 1))
+        estimates = dict(zip(targets, torch.cat(found, -1), strict=True))  # (3, tuples) each
+        own[tuple(subset)], *_ = estimates.pop("own")
+        for metric, (value, effective, variance) in estimates.items():
+            if metric.startswith("conditional/"):
+                rest = others[metric.rpartition("/")[-1]]
+                conditionals.append((metric, rest, estimates[joint][0], variance))
+            else:
+                put(metric, value, variance, effective)
+    for metric, rest, value, variance in conditionals:
+        if rest in own:
+            put(metric, value - own[rest], variance)
     return results
 
 
@@ -414,8 +422,8 @@ def symbol_metrics(model, test, seed=0):
                 right = generated(made[m.name]).round().view(len(z), -1) == truth
                 counts = truth != (-1 if m.padding is None else m.padding)
                 key = f"{'+'.join(subset)}/{m.name}"
-                whole = (right | ~counts).all(1).sum().item()
-                results[f"exact_match/{key}"] += whole / len(test)
+                exact = (right | ~counts).all(1).sum().item()
+                results[f"exact_match/{key}"] += exact / len(test)
                 if m.shape:
                     for symbol in set(m.alphabet) & set(" *"):
                         counts &= truth != m.alphabet.index(symbol)

@@ -13,7 +13,7 @@ joint coherence 56 %; latent accuracy 87 to 90 %.
 
 With w_m^k = p(z_m^k, x) / q(z_m^k|x) and z_m^k ~ q_m, k = 1 … K, `--objective` is one of
     elbo          mean of log w, Eq. (1)
-    iwae          1/M Σ_m log 1/K Σ_k w_m^k, Eq. (3), the paper's "looser" bound
+    iwae          1/M Σ_m log 1/K Σ_k w_m^k, Eq. (3), the paper's own, looser bound
     iwae-tight    log of the mean of all weights, Eq. (5) of the supplement
     dreg          iwae with the published doubly reparametrised gradient, Eq. (8); biased for M > 1,
                   since samples come from q_m while the density in w is the mixture's
@@ -229,17 +229,17 @@ class MMVAE(nn.Module):
         else:
             w = torch.softmax(log_w.detach(), 0)
         weight = w if tight else pi * w
-        gradient, share = weight * log_w, torch.ones_like(w)
+        gradient, r_own = weight * log_w, torch.ones_like(w)
         if self.objective_name == "dreg-mixture":
             log_q = self.log_experts(loc.detach(), scale.detach(), z)
             r = torch.softmax(pi.log()[:, None, None] + log_q, 0)
-            own = torch.einsum("mkmb->kmb", r)
-            share = own.detach()
+            along = torch.einsum("mkmb->kmb", r)
+            r_own = along.detach()
             others = r.detach() * (1 - torch.eye(len(r), device=r.device))[:, None, :, None]
             score = (others * self.log_experts(loc, scale, z.detach())).sum(0)
-            gradient = gradient - self.beta * weight * (own + score)
+            gradient = gradient - self.beta * weight * (along + score)
         if at.requires_grad:
-            at.register_hook(lambda g: g * (1 - self.beta * (1 - w) * share)[..., None])
+            at.register_hook(lambda g: g * (1 - self.beta * (1 - w) * r_own)[..., None])
         gradient = gradient.sum((0, 1))
         return gradient - gradient.detach()
 
@@ -255,15 +255,15 @@ class MMVAE(nn.Module):
         both = seen[:, None, None] * seen  # (N, 1, M, B)
         other = both * (1 - torch.eye(len(loc), device=loc.device))[:, None, :, None] > 0
         ratio = torch.exp(torch.where(other, log_q - own, 0))
-        share = (pi[:, None, None] * ratio).sum(0)  # Σ_i π_i q_i(z_j) / q_j(z_j)
+        importance = (pi[:, None, None] * ratio).sum(0)  # Σ_i π_i q_i(z_j) / q_j(z_j)
         log_p, reconstruction = {}, 0.0
         for j, m in enumerate(m for m in self.modalities if m.name in x):
             z_j = z[:, j]
             if z_j.requires_grad:
-                along = (pi[j] / share[:, j].detach())[..., None]
+                along = (pi[j] / importance[:, j].detach())[..., None]
                 z_j.register_hook(lambda g, along=along: g * along)
             p = self.decode(z_j, [m.name])[m.name]
-            log_p[m.name] = (seen[j] * share[:, j] * p.log_prob(x[m.name])).mean(0)
+            log_p[m.name] = (seen[j] * importance[:, j] * p.log_prob(x[m.name])).mean(0)
             reconstruction = reconstruction + m.weight * log_p[m.name]
         kl = (pi * kl_divergence(self.independent(loc, scale), self.prior())).sum(0)
         return reconstruction - self.beta * kl, terms(kl, log_p, seen)

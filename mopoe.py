@@ -1,8 +1,8 @@
 """MoPoE-VAE: Sutter, Daunhawer and Vogt, "Generalized Multimodal ELBO", ICLR 2021.
 
 The posterior is a mixture over all 2^M - 1 non-empty subsets of the modalities, each component the
-product of the Gaussian experts in the subset (Definition 1); the objective is its ELBO, Eq. (6),
-by default with an upper bound of the KL.
+product of the Gaussian experts in the subset (Definition 1, which counts the empty one, too); the
+objective is its ELBO, Eq. (6), by default with an upper bound of the KL.
 
     python mopoe.py                                    polydigits, two minutes on two CPU cores
     python mopoe.py --dataset polymnist --beta 2.5     the paper's PolyMNIST setting

@@ -15,7 +15,8 @@ Expected on polydigits: coherence of the modalities not given, given 1, 2, 3, 4:
 joint coherence 9 %; latent accuracy given all 97 %.
 
 A step takes a batch of complete tuples (of which `--supervision` leaves a share) and a batch of
-each modality alone. With two modalities `--objective` is one of
+each modality alone, drawn from all tuples, where the paper has unpaired data; so with `svae` the
+modalities of a complete tuple have their ELBOs twice. With two modalities `--objective` is one of
     svae      Eq. (7) - (10), p(z|x_i) replaced by q(z|x_i): for a complete tuple
               E_q(z|x1,x2)[log p(x1|z) + log p(x2|z)]
               - KL(q(z|x1,x2) || q(z|x1)) - KL(q(z|x1,x2) || q(z|x2)) and the ELBOs of its
@@ -155,7 +156,7 @@ class SVAE(nn.Module):
         of_each = zip(*(t.split(sizes) for t in products), strict=True)
         return dict(zip(self.forms, of_each, strict=True))
 
-    def shares(self, subsets, B, complete):
+    def allotted(self, subsets, B, complete):
         """{S: the rows, of B, with S's terms} and {S: how often these count}: all rows once or,
         with --expectation stratified and no fewer complete tuples than there are S between one and
         all modalities, one such S each, evenly and at random, for all of them."""
@@ -176,7 +177,7 @@ class SVAE(nn.Module):
         q = self.posteriors(x)
         names = [m.name for m in self.modalities if m.name in x]
         B, device = len(x[names[0]]), self.zeros.device
-        rows, times = self.shares(q, B, complete=observed is None)
+        rows, times = self.allotted(q, B, complete=observed is None)
         # Whether there is an example that has terms of its single modalities.
         single = self.objective_name == "svae" or len(x) == 1 or observed is not None
         subsets = [S for S in q if len(S) > 1 or single]

@@ -13,7 +13,8 @@ Expected on polydigits, there with `--joint poe`: coherence of the modalities no
 3, 4: 53, 70, 79, 83 %; joint coherence 3 %; latent accuracy given all 98 %.
 
 A step takes a batch of complete tuples (of which `--supervision` leaves a share) and a batch of
-each modality alone. With two modalities `--objective` is one of
+each modality alone, drawn from all tuples, where the paper has unpaired data; so with `svae` the
+modalities of a complete tuple have their ELBOs twice. With two modalities `--objective` is one of
     vaevae    E_q(z|x1,x2)[log p(x1|z) + log p(x2|z)] - KL(q(z|x1,x2) || q(z|x1))
               - KL(q(z|x1,x2) || q(z|x2)) for a complete tuple, the ELBO for a modality alone
     svae      Eq. (7) - (10): a complete tuple has the ELBOs of its modalities too ("VAEVAE*")
@@ -150,7 +151,7 @@ class VAEVAE(nn.Module):
             q |= dict(zip(self.larger, zip(*products, strict=True), strict=True))
         return q
 
-    def shares(self, subsets, B, complete):
+    def allotted(self, subsets, B, complete):
         """{S: the rows, of B, with S's terms} and {S: how often these count}: all rows once or,
         with --expectation stratified and no fewer complete tuples than there are S between one and
         all modalities, one such S each, evenly and at random, for all of them."""
@@ -171,7 +172,7 @@ class VAEVAE(nn.Module):
         q = self.posteriors(x)
         names = [m.name for m in self.modalities if m.name in x]
         B, device = len(x[names[0]]), self.zeros.device
-        rows, times = self.shares(q, B, complete=observed is None)
+        rows, times = self.allotted(q, B, complete=observed is None)
         # Whether there is an example that has terms of its single modalities.
         single = self.objective_name == "svae" or len(x) == 1 or observed is not None
         subsets = [S for S in q if len(S) > 1 or single]

@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT
-from exact import log_p, modalities, sample_x, set_decoders, set_exact_experts
+from exact import SCALE, log_p, modalities, sample_x, set_decoders, set_exact_experts
 from torch import nn
 from torch.distributions import Independent, MultivariateNormal, Normal, OneHotCategorical
 
@@ -443,10 +443,10 @@ def test_of_one_class_alone_a_latent_says_that_class():
     assert set(evaluate.latent_accuracy(Told(), rare, rare, 10).values()) == {2999 / 3000}
 
 
-def linear_gaussian(M=3, widen=1.3):
+def linear_gaussian(M=3, widen=1.3, scale=SCALE):
     """A model whose likelihoods are known, and 200 tuples of its own."""
     torch.manual_seed(0)
-    model = MoPoE(modalities(M), 2)
+    model = MoPoE(modalities(M, scale=scale), 2)
     set_decoders(model)
     set_exact_experts(model, widen)
     x = sample_x(model, 200)
@@ -477,6 +477,23 @@ def test_log_likelihoods_are_the_exact_ones_from_every_subset(float64):
             others = log_p(model, {n: t for n, t in x.items() if n != name}).mean().item()
             close = pytest.approx(joint - others, abs=2 * max(error.values()))
             assert found[f"conditional/{key}/{name}"] == close
+
+
+@pytest.mark.parametrize("M", [2, 3])
+def test_a_conditional_is_right_where_the_joint_posterior_is_narrow(float64, M):
+    """Its samples miss much of p(z|others), so p(others) is estimated by those of its own."""
+    model, split, x = linear_gaussian(M, widen=1.0, scale=0.2)
+    found = evaluate.log_likelihood(model, split, samples=50)
+    key = "+".join(x)
+    for name in x:
+        others = {n: t for n, t in x.items() if n != name}
+        exact = (log_p(model, x) - log_p(model, others)).mean().item()
+        q, target = model.posterior(others), [(list(others), model.prior())]
+        _, effective, _ = evaluate.weigh(evaluate.log_weights(model, q, others, 50, target))
+        n = effective.mean().item()
+        error = 1 / n + 4 / (200 * n) ** 0.5
+        assert error < 0.1
+        assert found[f"conditional/{key}/{name}"] == pytest.approx(exact, abs=error)
 
 
 def test_ten_thousand_samples_come_as_close_as_they_should(float64):

@@ -389,6 +389,21 @@ def test_the_parts_of_the_whole_run_are_as_measured():
     assert f"{evaluation:.0f} s for the evaluation, {parts['imports']:.0f} s for" in README
 
 
+def test_the_table_of_mopoe_on_polymnist_over_beta_is_that_of_results():
+    files = [ROOT / "results" / "polymnist__mopoe__0.json"]
+    files += sorted((ROOT / "results").glob("polymnist-beta__mopoe__0__*.json"))
+    assert len(files) > 4
+    for results in map(evaluate.read_results, files):
+        found = evaluate.numbers(results)
+        coherence = ", ".join(f"{found[INPUTS[0][0]][n]:.1f}" for n in "1234")
+        rest = (
+            found[JOINT[0]][JOINT[1]],
+            *(found[m]["5"] for m in ("latent accuracy, %", "log p(X), nats")),
+        )
+        cells = coherence, *(f"{value:.1f}" for value in rest)
+        assert_row(f"{results['options']['beta']:g}", cells)
+
+
 def test_the_table_of_mopoe_on_faces_is_that_of_results():
     found = {m: rows["mopoe.py"] for m, rows in measured("polymnist-faces__*.json").items()}
     joint = f"{found[JOINT[0]][JOINT[1]][0]:.1f}"
