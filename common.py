@@ -318,7 +318,7 @@ def parser(description, defaults):
     add("--data-dir", metavar="DIR", default=folder, help=about)
     add("--cache-dir", metavar="DIR", default="cache", help="folder for what is slow to build")
     seed = number(int, 0, 2**32 - 1)
-    add("--data-seed", type=seed, default=0, help="seed of pairings and crops")
+    add("--data-seed", type=seed, default=0, help="seed of pairings, crops and what is missing")
     about = "polymnist: folder of five background pictures (default: two photographs that "
     about += "scikit-learn has and three generated pictures)"
     add("--backgrounds", metavar="DIR", default="", help=about)
@@ -530,7 +530,7 @@ def load_checkpoint(run):
     """The dict that save_checkpoint wrote; plain data only, code in it is refused."""
     path = Path(run) / "checkpoint.pt"
     if not path.is_file():
-        raise UserError(f"{run}: has no checkpoint.pt")
+        raise UserError(f"{run}: is no folder of a run, there is no checkpoint.pt in it")
     try:
         if not zipfile.is_zipfile(path):  # torch.load would take a bare pickle for an old format
             raise ValueError
@@ -566,6 +566,8 @@ def restore(args, model, optimizer):
     optimizer.param_groups[0]["capturable"] = capturable
     if args.epochs < state["epoch"]:
         raise UserError(f"--epochs {args.epochs}: the run has done {state['epoch']} already")
+    if args.epochs == state["epoch"]:
+        print(f"{args.resume}: all {args.epochs} epochs are done; --epochs N goes on to more")
     return state["epoch"]
 
 
@@ -580,7 +582,7 @@ def epoch_row(epoch, names, log, began, tuples):
         step, term = (~log.isfinite()).nonzero()[0].tolist()
         raise UserError(
             f"epoch {epoch}, step {step + 1}: {names[term]} is {log[step, term].item()}; "
-            "training stops, the last checkpoint is kept; a lower --lr may help"
+            "training stops, earlier checkpoints are kept; a lower --lr may help"
         )
     means = dict(zip(names, log.mean(0).tolist(), strict=True))
     return {"epoch": epoch} | means | {"tuples_per_second": tuples / (time.monotonic() - began)}

@@ -909,6 +909,8 @@ def tensor_file(args):
     """Data of an .npz file with train/NAME, test/NAME, train/labels and test/labels: uint8 images
     (N, C, H, W) get a Laplace likelihood, floats a Normal, other integers a Categorical."""
     path, dtypes = args.dataset, {"u": np.int64, "i": np.int64, "f": np.float32}
+    require(Path(path).exists(), f"--dataset {path}: there is no such file")
+    require(zipfile.is_zipfile(path), f"--dataset {path}: is no .npz file of arrays")
     try:
         with np.load(path) as file:
             arrays = dict(file)

@@ -55,6 +55,16 @@ python evaluate.py runs/polymnist__svae__0/* runs/polymnist__vaevae__0/* \
 python evaluate.py runs/polymnist__mopoe__0/* runs/polymnist__mvae__0/* runs/polymnist__mmvae__0/* \
     --side-by-side results/polymnist_from_m1.png --given m1
 
+for beta in 0.5 1 5 10; do
+    name=polymnist-beta__mopoe__0__$beta
+    rm -rf "runs/$name"
+    python mopoe.py --dataset polymnist --beta "$beta" --amp --epochs 20 --no-eval --runs-dir "runs/$name"
+    python evaluate.py --proposals full "runs/$name"/*
+    cp "runs/$name"/*/results.json "results/$name.json"
+done
+python evaluate.py results/polymnist__mopoe__0.json results/polymnist-beta__*.json --against beta \
+    --figure results/polymnist_over_beta.png
+
 run polymnist-singletons__mopoe__0 mopoe --dataset polymnist --beta 2.5 --subsets singletons --amp \
     --epochs 20
 # Backgrounds that are five mosaics of 64 faces each.

@@ -472,6 +472,7 @@ def test_only_epochs_and_device_may_differ_on_resumption(script, tmp_path, capsy
         assert stop.value.code == 2
         one_line(capsys, *fragments)
     resume(script, path, "--beta", "1.0", "--device", "cpu")  # the same value is no difference
+    assert "all 2 epochs are done; --epochs N goes on to more" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------ damaged checkpoints
