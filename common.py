@@ -319,8 +319,8 @@ def parser(description, defaults):
     add("--cache-dir", metavar="DIR", default="cache", help="folder for what is slow to build")
     seed = number(int, 0, 2**32 - 1)
     add("--data-seed", type=seed, default=0, help="seed of pairings, crops and what is missing")
-    about = "polymnist: folder of five background pictures (default: two photographs that "
-    about += "scikit-learn has and three generated pictures)"
+    about = "polymnist: folder of 2 to 10 background pictures, one a modality (default: two "
+    about += "photographs that scikit-learn has and three generated pictures)"
     add("--backgrounds", metavar="DIR", default="", help=about)
     about = "share of complete tuples; below 1 a step also takes a batch of each modality alone"
     add("--supervision", type=number(float, 0, 1), default=1.0, help=about)

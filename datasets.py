@@ -37,17 +37,16 @@ MVAE_ON_CELEBA = dict(epochs=100, batch_size=100, lr=1e-4, latent_dim=100)
 OWN_ON_DIGITS = dict(epochs=100, batch_size=64, lr=1e-3, latent_dim=16)
 SETTINGS = {
     "polydigits": dict(epochs=30, batch_size=64, lr=2e-3, latent_dim=32),  # tuned here
-    # Sutter et al. 2021, App. D.2, C.2 and E.2, the batches of the released scripts, which have lr
-    # 5e-4 on PolyMNIST, and 200 epochs and β 2.5 on MNIST-SVHN-Text.
+    # Sutter et al. 2021, App. D.2, C.2 and E.2, which name no batch sizes; the released scripts
+    # have lr 5e-4 on PolyMNIST, and 200 epochs and β 2.5 on MNIST-SVHN-Text.
     "polymnist": dict(epochs=300, batch_size=256, lr=1e-3, latent_dim=512, beta=2.5),
     "mnist-svhn-text": dict(epochs=150, batch_size=256, lr=1e-3, latent_dim=20, beta=5.0),
-    # Shi et al. 2019, epochs and batch of the released code.
-    "mnist-svhn": dict(epochs=30, batch_size=128, lr=1e-3, latent_dim=20),
+    "mnist-svhn": dict(epochs=30, batch_size=128, lr=1e-3, latent_dim=20),  # Shi et al. 2019
     "celeba-text": dict(epochs=200, batch_size=256, lr=5e-4, latent_dim=64, beta=2.5),
     # Kutuzova et al. 2021, App. F, which names no batch size; the released code has 100.
     "mnist-split": dict(epochs=200, batch_size=128, lr=2e-4, latent_dim=64),
     "mnist-split-3": dict(epochs=50, batch_size=128, lr=2e-4, latent_dim=64),
-    # Wu & Goodman 2018, supplement, Section 1; CelebA's latents are the released code's.
+    # Wu & Goodman 2018, supplement, Section 1, which has no latent_dim for CelebA.
     "mnist-label": MVAE_ON_MNIST,
     "binary-mnist-label": MVAE_ON_MNIST,
     "fashion-label": MVAE_ON_MNIST,

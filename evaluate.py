@@ -333,7 +333,8 @@ def log_likelihood(model, test, samples=IMPORTANCE_SAMPLES, proposals="all", see
 
     for subset in tqdm(subsets, "log-likelihood", leave=False, disable=None):
         torch.manual_seed(seed)
-        key, joint = "+".join(subset), f"log_likelihood/{'+'.join(subset)}"
+        key = "+".join(subset)
+        joint = f"log_likelihood/{key}"
         single = names if len(names) <= 3 or subset == names else []
         others = {name: tuple(n for n in names if n != name) for name in single}
         found = []
@@ -962,7 +963,7 @@ def main(argv=None):
     count, about = number(int, 1), "samples of each log-likelihood (default: %(default)s)"
     add("--importance-samples", metavar="K", type=count, default=IMPORTANCE_SAMPLES, help=about)
     about = "log p(X) by samples of every subset's posterior, or only of that given all "
-    about += "modalities, which with five is 31 times as fast (default: all)"
+    about += "modalities, which with five is a 31st of the work (default: all)"
     add("--proposals", choices=["all", "full"], default="all", help=about)
     add("--data-dir", metavar="DIR", help="folder of the data (default: the run's)")
     add("--cache-dir", metavar="DIR", help="folder of the cache (default: the run's)")
