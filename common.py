@@ -274,7 +274,7 @@ def command(main):
 def number(kind, low, high=math.inf):
     """A `type` for argparse: an int or float in [low, high]."""
     sort = "a whole number" if kind is int else "a number"
-    limits = f"of at least {low}" if high == math.inf else f"from {low} to {high:g}"
+    limits = f"of at least {low}" if high == math.inf else f"from {low} to {high:,.10g}"
 
     def convert(text):
         try:

@@ -18,6 +18,7 @@ import re
 import string
 import urllib.request
 import zipfile
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -280,6 +281,20 @@ def absent(folder, name, files):
     )
 
 
+@contextmanager
+def downloading(root, name, files):
+    """Where the download in it fails, its error is that of an absent data set, and the folders that
+    it made are removed again."""
+    made = [f for f in (root / name / "raw", root / name, root) if not f.exists()]
+    try:
+        yield
+    except (RuntimeError, OSError):
+        for folder in made:
+            with suppress(OSError):  # what was fetched stays
+                folder.rmdir()
+        raise absent(root, name, files) from None
+
+
 def state_of(folder, files):
     """The names, sizes and times of a folder's files, for what is cached of them."""
     found = [(str(file.relative_to(folder)), file.stat()) for file in files]
@@ -520,10 +535,8 @@ def mnist(root, name):
     kinds = "images-idx3-ubyte", "labels-idx1-ubyte"
     files = {part: [raw / f"{part}-{kind}" for kind in kinds] for part in ("train", "t10k")}
     if not all(path.is_file() for pair in files.values() for path in pair):
-        try:
+        with downloading(root, name, f"its four idx files into {raw}"):
             dataset(root, download=True)
-        except (RuntimeError, OSError):
-            raise absent(root, name, f"its four idx files into {raw}") from None
     for part, pair in files.items():
         try:
             split = dataset(root, train=part == "train")
@@ -692,11 +705,8 @@ def svhn(root):
         _, name, md5 = torchvision.datasets.SVHN.split_list[part]
         path = folder / name
         if not path.is_file():
-            try:
+            with downloading(root, "SVHN", f"train_32x32.mat and test_32x32.mat into {folder}"):
                 torchvision.datasets.SVHN(folder, split=part, download=True)
-            except (RuntimeError, OSError):
-                files = f"train_32x32.mat and test_32x32.mat into {folder}"
-                raise absent(root, "SVHN", files) from None
         official &= hashlib.md5(path.read_bytes()).hexdigest() == md5
         try:
             content = scipy.io.loadmat(path)

@@ -940,6 +940,14 @@ def load_run(path):
     return model, modalities, args
 
 
+def picture(text):
+    """A `type` for argparse: where a PNG can be written."""
+    path = Path(text)
+    if path.suffix != ".png" or not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a FILE.png in a folder that exists")
+    return path
+
+
 @command
 def main(argv=None):
     p = argparse.ArgumentParser(
@@ -950,7 +958,7 @@ def main(argv=None):
     add("runs", metavar="RUN", nargs="+", help=about)
     add("--markdown", action="store_true", help="tables of several runs in Markdown")
     add("--json", action="store_true", help="the same as JSON")
-    add("--figure", metavar="FILE", help="draw the runs' metrics as a PNG")
+    add("--figure", metavar="FILE", type=picture, help="draw the runs' metrics as a PNG")
     against = ["inputs", "supervision", "keep", "beta"]
     about = "what --figure has below: the number of inputs, an option, or, for beta, log p(X)"
     add("--against", choices=against, default="inputs", help=about)
@@ -969,7 +977,7 @@ def main(argv=None):
     add("--cache-dir", metavar="DIR", help="folder of the cache (default: the run's)")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to run")
     about = "do not evaluate, draw what the runs, all of one data set, generate from --given"
-    add("--side-by-side", metavar="FILE", help=about)
+    add("--side-by-side", metavar="FILE", type=picture, help=about)
     add("--given", metavar="NAME", help="modality (default: the first)")
     p.error = fail
     options = p.parse_args(argv)
@@ -977,6 +985,11 @@ def main(argv=None):
         raise UserError(f"--given {options.given}: needs --side-by-side FILE")
     if options.against != "inputs" and not options.figure:
         raise UserError(f"--against {options.against}: needs --figure FILE")
+    if options.side_by_side or all(run.endswith(".json") for run in options.runs):
+        for name in ("latent_train", "importance_samples", "proposals"):
+            if (value := getattr(options, name)) != p.get_default(name):
+                option = f"--{name.replace('_', '-')} {value}"
+                raise UserError(f"{option}: needs the folder of a run, which is then evaluated")
     tune_cpu()
     if options.side_by_side:
         draw_side_by_side(options)

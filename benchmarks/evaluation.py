@@ -70,15 +70,17 @@ def operations(model, parts, tuples):
     return counts
 
 
-def main():
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    p.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    p.add_argument("--tuples", type=int, default=10_000)
-    p.add_argument("--modes", nargs="+", choices=["float32", "bf16"], default=["float32", "bf16"])
-    p.add_argument("--json", metavar="FILE", help="write the result there")
-    options = p.parse_args()
+@common.command
+def main(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=common.Help)
+    p.error = common.fail
+    add, modes = p.add_argument, ["float32", "bf16"]
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto prefers cuda")
+    about = "test tuples, one for each of ten classes at least"
+    add("--tuples", type=common.number(int, 10), default=10_000, help=about)
+    add("--modes", nargs="+", choices=modes, default=modes, help="precisions (default: both)")
+    add("--json", metavar="FILE", help="write the result there (default: nowhere)")
+    options = p.parse_args(argv)
     device = common.parse_device(options.device)
     common.tune_cpu()
     torch.manual_seed(0)

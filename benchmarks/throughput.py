@@ -383,20 +383,24 @@ def measure(method, contenders, options, device):
     }
 
 
-def main():
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    p.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    p.add_argument("--batch-size", type=int, default=256)
-    p.add_argument("--latent-dim", type=int, default=512)
-    p.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    p.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
-    p.add_argument("--windows", type=int, default=9, help="windows of each contender")
-    p.add_argument("--seconds", type=float, default=3.0, help="about the length of a window")
-    p.add_argument("--json", metavar="FILE", help="write the result there")
-    p.add_argument("--contender", help=argparse.SUPPRESS)
-    options = p.parse_args()
+@common.command
+def main(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=common.Help)
+    p.error = common.fail
+    add, positive = p.add_argument, common.number(int, 1)
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto prefers cuda")
+    add("--batch-size", type=positive, default=256, help="tuples a step")
+    add("--latent-dim", type=positive, default=512, help="latent dimensions")
+    about = "what competes (default: all)"
+    add("--methods", nargs="+", choices=METHODS, default=list(METHODS), help=about)
+    about = "precisions, and whether compiled (default: all)"
+    add("--modes", nargs="+", choices=MODES, default=list(MODES), help=about)
+    add("--windows", type=positive, default=9, help="windows of each contender")
+    about = "about the length of a window"
+    add("--seconds", type=common.number(float, 0.01), default=3.0, help=about)
+    add("--json", metavar="FILE", help="write the result there (default: nowhere)")
+    add("--contender", help=argparse.SUPPRESS)
+    options = p.parse_args(argv)
     device = common.parse_device(options.device)
     if options.contender:
         return contend(options, device)

@@ -58,13 +58,15 @@ def timed(part, function):
     return call
 
 
-def main():
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    p.add_argument("script", choices=["mvae", "mmvae", "mopoe", "svae", "vaevae"])
-    p.add_argument("--json", metavar="FILE", help="write the result there")
-    options, theirs = p.parse_known_args()
+@common.command
+def main(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=common.Help)
+    p.error = common.fail
+    scripts = ["mvae", "mmvae", "mopoe", "svae", "vaevae"]
+    p.add_argument("script", choices=scripts, help="whose run; what else stands here is its own")
+    about = "write the result there (default: nowhere)"
+    p.add_argument("--json", metavar="FILE", help=about)
+    options, theirs = p.parse_known_args(argv)
     command = shlex.join(["python", *sys.argv])
     script = importlib.import_module(options.script)
     SECONDS["imports"] = time.monotonic() - BEGAN

@@ -60,6 +60,27 @@ def test_dreg_competes_compiled_where_mmvae_compiles_it(monkeypatch, throughput,
         assert found == [f"{method} {mode}" for mode in modes]
 
 
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        "throughput.py --windows 0",
+        "throughput.py --batch-size=-1",
+        "throughput.py --seconds 0",
+        "throughput.py --methods gan",
+        "evaluation.py --tuples 9",
+        "whole_run.py gan",
+    ],
+)
+def test_mistakes_in_a_benchmarks_options_are_one_line(mistake, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    name, *argv = mistake.split()
+    with pytest.raises(SystemExit) as stop:
+        importlib.import_module(name.removesuffix(".py")).main(argv)
+    error = capsys.readouterr().err.strip()
+    assert stop.value.code == 2 and "\n" not in error
+    assert argv[-1].split("=")[-1] in error
+
+
 def test_a_contender_that_dies_ends_the_others(throughput):
     options = argparse.Namespace(device="cpu", batch_size=2, latent_dim=2)
     waits, dies = (throughput.Contender(f"{name} float32", options) for name in ("mopoe", "none"))
@@ -74,8 +95,7 @@ def test_the_evaluations_parts_are_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "JOINT_SAMPLES", 4)
     path = tmp_path / "found.json"
     options = ["--tuples", "20", "--modes", "float32", "--device", "cpu", "--json", str(path)]
-    monkeypatch.setattr(sys, "argv", ["evaluation.py", *options])
-    importlib.import_module("evaluation").main()
+    importlib.import_module("evaluation").main(options)
     found = json.loads(path.read_text())
     assert found.keys() >= WHERE and len(found["modes"]["float32"]) == 4
     assert all(0 < row["share_of_floor"] < 1 for row in found["modes"]["float32"].values())

@@ -556,6 +556,17 @@ def test_faults_of_svhn_files_are_named(tmp_path, monkeypatch):
     fails("SVHN is not there and cannot be downloaded.*train_32x32.mat.*polydigits")
 
 
+def test_a_download_that_fails_leaves_no_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(urllib.request, "urlopen", no_network)
+    mistyped, empty = tmp_path / "mistyped", tmp_path / "empty"
+    empty.mkdir()
+    for folder in (mistyped, empty):
+        for fetch in (lambda root: datasets.mnist(root, "MNIST"), datasets.svhn):
+            with pytest.raises(UserError, match="cannot be downloaded"):
+                fetch(folder)
+    assert list(tmp_path.rglob("*")) == [empty]
+
+
 def no_network(*_, **__):
     raise urllib.error.URLError("no network")
 

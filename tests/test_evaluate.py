@@ -793,6 +793,12 @@ def test_mistakes_in_a_comparison_are_one_line(tmp_path, capsys):
     fails([str(tmp_path / "0.json"), "--side-by-side", "x.png"], "--side-by-side: needs")
     fails([str(tmp_path / "0.json"), "--given", "x0"], "--given x0: needs --side-by-side")
     fails([str(tmp_path / "0.json"), "--against", "beta"], "--against beta: needs --figure")
+    for option in ("--figure", "--side-by-side"):
+        for wrong in ("x.jpg", "", str(tmp_path / "nowhere" / "x.png")):
+            fails([str(tmp_path / "0.json"), option, wrong], f"{option}: {wrong!r} is not")
+    for option, value in dict(latent_train=10, importance_samples=1, proposals="full").items():
+        argv = [str(tmp_path / "0.json"), f"--{option.replace('_', '-')}", str(value)]
+        fails(argv, f"{argv[1]} {value}: needs the folder of a run")
 
 
 def test_a_run_that_is_named_twice_counts_once(tmp_path, capsys):
