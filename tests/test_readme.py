@@ -17,7 +17,7 @@ README = (ROOT / "README.md").read_text()
 RESULTS = (ROOT / "results" / "README.md").read_text()
 SCRIPTS = ("mvae", "mmvae", "mopoe", "svae", "vaevae")
 
-TRAINED, FORK, FILE = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+TRAINED, FILE, FORK = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 def python(folder, *arguments):
