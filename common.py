@@ -59,8 +59,8 @@ class Modality:
     integers below `categories` (a class label has shape (), a text of 8 symbols shape (8,)).
     scale is the fixed scale of a Laplace or Normal likelihood, weight the factor λ of the
     log-likelihood in every objective (never in a reported log-likelihood), network a key of
-    NETWORKS at the end of this file. alphabet has the symbols or words of a text, or the names of
-    attributes, for pictures; padding is the symbol whose places count for nothing.
+    NETWORKS at the end of this file. alphabet has the symbols of a text as a str, its words as a
+    tuple, or the names of attributes; padding is the filler symbol, whose positions do not count.
     """
 
     name: str
@@ -203,7 +203,7 @@ def likelihood(modality, parameters):
 
 
 class Padded(Categorical):
-    """A Categorical of symbols to which the places of padding in what is scored say nothing."""
+    """A Categorical whose log_prob is 0 wherever the scored symbol is padding."""
 
     def __init__(self, logits, padding):
         super().__init__(logits=logits, validate_args=False)
@@ -243,7 +243,7 @@ def fail(message):
 
 def command(main):
     """Decorate a script's main: a user's mistake or a file's fault is one line and exit code 2,
-    Ctrl-C exit code 130, neither with a traceback; who stops reading output ends it silently."""
+    Ctrl-C exit code 130, neither with a traceback; a closed output pipe ends it silently."""
 
     @functools.wraps(main)
     def guarded(argv=None):
@@ -259,7 +259,7 @@ def command(main):
             # PyTorch's for a CPU has no class of its own.
             if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):
                 raise
-            fail(f"the memory is full; it takes less with smaller options: {error}")
+            fail(f"the memory is full; a smaller batch or model needs less: {error}")
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
             raise SystemExit(1) from None
@@ -273,23 +273,24 @@ def command(main):
 
 def number(kind, low, high=math.inf):
     """A `type` for argparse: an int or float in [low, high]."""
-    sort = "a whole number" if kind is int else "a number"
+    wanted = "a whole number" if kind is int else "a number"
     limits = f"of at least {low}" if high == math.inf else f"from {low} to {high:,.10g}"
 
     def convert(text):
         try:
             value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not (low <= value <= high and math.isfinite(value)):
-            raise argparse.ArgumentTypeError(f"{text!r} is not {sort} {limits}")
+            fits = low <= value <= high and math.isfinite(value)
+        except (ValueError, OverflowError):  # a float has no room for an int of 400 digits
+            fits = False
+        if not fits:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted} {limits}")
         return value
 
     return convert
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows the docstring as it is written, and every default, unless the help tells it."""
+    """Prints the docstring as written, and an option's default unless its help names it."""
 
     def _get_help_string(self, action):
         return action.help if "(default" in action.help else super()._get_help_string(action)
@@ -322,7 +323,8 @@ def parser(description, defaults):
     about = "polymnist: folder of 2 to 10 background pictures, one a modality (default: two "
     about += "photographs that scikit-learn has and three generated pictures)"
     add("--backgrounds", metavar="DIR", default="", help=about)
-    about = "share of complete tuples; below 1 a step also takes a batch of each modality alone"
+    about = "share of complete tuples; below 1, and in svae.py and vaevae.py always, a step also "
+    about += "takes a batch of each modality alone"
     add("--supervision", type=number(float, 0, 1), default=1.0, help=about)
     about = "chance of each modality of a training example to be there; one always is"
     add("--keep", type=number(float, 0, 1), default=1.0, help=about)
@@ -372,9 +374,12 @@ def parse(p, argv, defaults):
     if not chosen.resume:
         p.set_defaults(**defaults.get(chosen.dataset or p.get_default("dataset"), {}))
         return p.parse_args(argv)
-    saved = read_args(chosen.resume, "--resume ")
-    if saved.keys() != vars(p.parse_args([])).keys():
-        raise UserError(f"--resume {chosen.resume}: is not a run of {Path(sys.argv[0]).name}")
+    saved = read_facts(chosen.resume, "--resume ")["options"]
+    if differing := saved.keys() ^ vars(p.parse_args([])).keys():
+        raise UserError(
+            f"--resume {chosen.resume}: is of another script or version than this "
+            f"{Path(sys.argv[0]).name}, which differ in the options {', '.join(sorted(differing))}"
+        )
     args = p.parse_args(argv, argparse.Namespace(**saved))
     for name in saved.keys() - {"epochs", "device", "resume"}:
         if getattr(args, name) != saved[name]:
@@ -386,15 +391,19 @@ def parse(p, argv, defaults):
     return args
 
 
-def read_args(run, option=""):
-    """The options stored in a run's args.json, as a dict; `option` begins an error's line."""
+def read_facts(run, option=""):
+    """What `open_run` wrote into a run's args.json, options and source at least; `option` begins
+    an error's line."""
     path = Path(run) / "args.json"
     try:
-        return json.loads(path.read_text())["options"]
+        facts = json.loads(path.read_text())
+        if isinstance(facts["options"], dict) and isinstance(facts["source"], str):
+            return facts
     except FileNotFoundError:
         raise UserError(f"{option}{run}: is no run (it has no args.json)") from None
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
-        raise UserError(f"{option}{path}: is damaged") from None
+        pass
+    raise UserError(f"{option}{path}: is damaged")
 
 
 def parse_device(name, local=0):
@@ -442,7 +451,9 @@ def setup(args):
 
 def seed_of(*numbers):
     """One seed made of several: (seed, epoch) for the order, (seed, epoch, rank) for noise."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+    # With their number in front, since a seed sequence takes (1, 2) and (1, 2, 0) for the same.
+    sequence = np.random.SeedSequence((len(numbers), *numbers))
+    return int(sequence.generate_state(1, np.uint64)[0])
 
 
 def open_run(args, script, source, start=0):
@@ -454,6 +465,9 @@ def open_run(args, script, source, start=0):
     print(f"{args.dataset}: {source}", flush=True)
     if args.resume:
         run = Path(args.resume)
+        before = read_facts(run, "--resume ")["source"]
+        if before != source:
+            raise UserError(f"--resume {run}: was trained on {before}, here is {source}")
         for half_written in run.glob(".checkpoint.pt.*"):
             half_written.unlink()
         rows = (run / "metrics.csv").read_text().splitlines(keepends=True)
@@ -633,8 +647,9 @@ def interruptible(run):
 
 class Streams(nn.Module):
     """model(x) for the streams of a batch, x[name] (2B, *shape): B complete tuples, and after them
-    B examples of that modality alone. Each stream is a batch of its own, so nothing is computed for
-    what is missing. Values ((1 + M) B,), and the terms' means."""
+    B examples of that modality alone (Kutuzova et al. 2021, Algorithm 1). Each stream is a batch of
+    its own, so nothing is computed for what is missing. Values ((1 + M) B,), and the terms' means.
+    """
 
     def __init__(self, model):
         super().__init__()
@@ -649,13 +664,11 @@ class Streams(nn.Module):
         return torch.cat(values), means
 
 
-def accelerate(model, args, device, world, streams=False):
-    """model(x, observed) as a fast callable: by `Streams` where the batches have them,
-    DistributedDataParallel under torchrun, compiled with --compile."""
+def accelerate(model, args, device, world):
+    """model(x, observed) as a fast callable: by DistributedDataParallel under torchrun, compiled
+    with --compile."""
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True  # shapes stay: worth a search for the fastest kernels
-    if streams:
-        model = Streams(model)
     if world > 1:
         model = nn.parallel.DistributedDataParallel(model)
     if not compiles(args, device):
@@ -742,8 +755,8 @@ def decoder(modality, latent_dim, hidden=512):
 
 
 class LeadingDimensions(nn.Module):
-    """A network (B, D) -> (B, ...) that takes any leading dimensions; on a CPU by ROWS rows, which
-    bounds what a layer holds only while it computes."""
+    """A network (B, D) -> (B, ...) applied to any leading dimensions; on a CPU in blocks of ROWS
+    rows, which bounds the memory of what a layer holds only while it computes."""
 
     ROWS = 1280  # as many as MMVAE decodes of five modalities and a batch of 256
 
@@ -760,7 +773,7 @@ class LeadingDimensions(nn.Module):
         return out.reshape(*z.shape[:-1], *out.shape[1:])
 
 
-# What reads symbols takes their probabilities too, floats (..., categories), by which a metric's
+# Networks that read symbols also take their probabilities, floats (..., categories): so a metric's
 # classifier is shown a generated text.
 
 

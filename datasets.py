@@ -2,7 +2,7 @@
 
 `load` returns a `Data`: two `Split`s, the modalities, and one sentence on where the data came from.
 A split stays as it was read (uint8 images, integer tokens, float features); a batch is an index
-into it, converted to float on the device. Own data are one more entry in LOADERS.
+into it, converted to float on the device. To add your own data, add an entry to LOADERS.
 """
 
 import collections
@@ -70,8 +70,8 @@ class Split:
     """Tuples of all modalities: tensors[name] (n, *shape), labels (N,), or attributes (N, A), and
     for each modality the row of tensors[name] that belongs to each tuple, index[name] (N,).
     observed (N, M) is False where a modality is missing, None where none is. streams: see
-    `with_streams`. Where pixels are drawn, they are black or white, anew in each batch, with their
-    brightness as the chance of white."""
+    `with_streams`. If `drawn`, each batch draws its pixels anew, white with probability equal to
+    their brightness, else black."""
 
     tensors: dict[str, torch.Tensor]
     labels: torch.Tensor
@@ -168,6 +168,9 @@ def load(args):
     loader = tensor_file if args.dataset.endswith(".npz") else LOADERS.get(args.dataset)
     # Of the command line it is one of LOADERS, of an older run it may be gone.
     require(loader, f"--dataset {args.dataset}: there is none of this name here")
+    for option in ("backgrounds", "download"):
+        unused = getattr(args, option) and args.dataset in SETTINGS.keys() - {"polymnist"}
+        require(not unused, f"--{option}: belongs to --dataset polymnist, not {args.dataset}")
     # Under torchrun the first process of each host downloads and decodes for the others.
     distributed = torch.distributed.is_initialized()
     first = os.environ.get("LOCAL_RANK", "0") == "0"
@@ -237,8 +240,8 @@ def epoch_order(split, batch_size, seed):
     """Rows (steps, batch_size) of one pass in random order, without the trailing partial batch.
 
     With streams (steps, (1 + M) batch_size): batch_size complete tuples, then as many of each
-    modality; an epoch is one pass of the modalities' streams, and that of the complete tuples, if
-    shorter, begins again when it ends.
+    modality. An epoch takes as many rows of every stream as the split has tuples; a stream that is
+    shorter begins again when it ends.
     """
     n, generator = len(split), torch.Generator().manual_seed(seed)
     require(batch_size <= n, f"--batch-size {batch_size}: must be at most {n}, the training tuples")
@@ -273,26 +276,26 @@ def cached(cache_dir, name, key, build):
     return content
 
 
-def absent(folder, name, files):
-    """The error of a data set that is neither in the data folder nor to be had by itself."""
+def absent(folder, name, files, reason=""):
+    """The error of a data set that is neither in the data folder nor downloadable."""
     return UserError(
-        f"--data-dir {folder}: {name} is not there and cannot be downloaded; put {files}, or try "
-        "--dataset polydigits, which needs no files"
+        f"--data-dir {folder}: {name} is not there and cannot be downloaded{reason}; put {files}, "
+        "or try --dataset polydigits, which needs no files"
     )
 
 
 @contextmanager
 def downloading(root, name, files):
-    """Where the download in it fails, its error is that of an absent data set, and the folders that
-    it made are removed again."""
+    """If the download inside fails, raise the error of an absent data set and remove the folders
+    made for it."""
     made = [f for f in (root / name / "raw", root / name, root) if not f.exists()]
     try:
         yield
-    except (RuntimeError, OSError):
+    except (RuntimeError, OSError, http.client.HTTPException) as error:
         for folder in made:
             with suppress(OSError):  # what was fetched stays
                 folder.rmdir()
-        raise absent(root, name, files) from None
+        raise absent(root, name, files, f" ({error})") from None
 
 
 def state_of(folder, files):
@@ -598,8 +601,9 @@ def mnist_label(args):
 
 
 def binary_mnist_label(args):
-    """The same in black and white, every pixel drawn with its brightness: to train anew for each
-    batch, as in the first release of Wu and Goodman's code, to test once and for all."""
+    """The same in black and white, every pixel white with probability equal to its brightness:
+    training pixels are drawn anew for each batch, as in the first release of Wu and Goodman's code,
+    test pixels once."""
     (train, (x, labels)), source = for_training(*mnist(Path(args.data_dir), "MNIST"))
     rng = np.random.default_rng(args.data_seed)
     test = np.uint8(255) * (rng.integers(255, size=x.shape) < x), labels

@@ -19,7 +19,7 @@ import re
 import sys
 import textwrap
 from collections import defaultdict
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from operator import itemgetter
 from pathlib import Path
 
@@ -44,6 +44,7 @@ from tqdm import tqdm
 
 import datasets
 from common import (
+    Help,
     Modality,
     UserError,
     captured,
@@ -56,14 +57,14 @@ from common import (
     log_mean_exp,
     number,
     parse_device,
-    read_args,
+    read_facts,
     replace,
     subset_masks,
     tune_cpu,
 )
 
 # Tuples that are encoded, decoded and sampled together. Noise is drawn chunk by chunk from a seed
-# of the metric's own, so the size is part of the protocol: it decides no cost, but the last digits.
+# of the metric's own, so the size is part of the protocol: it changes the results' last digits.
 CHUNK = 200
 LATENT_TRAIN = 500  # tuples, App. B
 IMPORTANCE_SAMPLES = 15  # App. B; the released code has 12
@@ -92,8 +93,8 @@ def chunks(split):
 
 @contextmanager
 def encoding_once(model, split):
-    """Inside it, what an encoder gives for a chunk of the split is kept, for every subset, form and
-    metric that asks for it again."""
+    """Within this context an encoder runs once for each chunk of the split; what it gives is kept
+    for every subset, form and metric that asks for it again."""
     of_split = {t for x in chunks(split) for t in x.values()}  # a tensor's hash is its identity
 
     def remembering(encode):
@@ -178,13 +179,12 @@ def whole(x):
 
 
 def classifiers(train, test, modalities, strips, cache_dir):
-    """What names the class of each modality, a network of its own encoder family, and, where they
-    are `strips` of an image, of the whole, a ResNet-18, the oracle of Kutuzova et al. 2021. From
-    the cache where they are there. Returns {name: x to logits} and {name: agreement with the
+    """A classifier for each modality, a network of its own encoder family, and where the modalities
+    are `strips` of an image one for the whole, a ResNet-18, the oracle of Kutuzova et al. 2021;
+    trained, or from the cache. Returns {name: x to logits} and {name: agreement with the
     labels of the test data}."""
     device, accuracy = train.labels.device, {}
     classes = train.labels.shape[1] if train.labels.ndim == 2 else int(train.labels.max()) + 1
-    source = inspect.getsource(train_classifier)
     kinds = {m.name: (lambda m=m: encoder(m, classes), itemgetter(m.name)) for m in modalities}
     if strips:
         kinds[WHOLE] = (lambda: resnet18(modalities[0].shape[0], classes)), whole
@@ -193,7 +193,9 @@ def classifiers(train, test, modalities, strips, cache_dir):
         torch.manual_seed(0)
         net = make().to(device)
         used = [train.fingerprint(m.name) for m in modalities if name in (m.name, WHOLE)]
-        key = [used, repr(net), source, torch.__version__]
+        own = {type(m) for m in net.modules() if not type(m).__module__.startswith("torch")}
+        code = [inspect.getsource(train_classifier), *sorted(map(inspect.getsource, own))]
+        key = [used, repr(net), code, torch.__version__]
         build = functools.partial(train_classifier, net, seen, train)
         net.load_state_dict(datasets.cached(cache_dir, "classifier", key, build))
         net.eval()
@@ -494,6 +496,7 @@ def watch(writer, model, data, args, epoch):
     torch.manual_seed(0)  # for pixels that are drawn
     for name, value in evaluate(model, dataclasses.replace(data, test=part), args).items():
         writer.add_scalar(f"train/{name}", value, epoch)
+    writer.flush()
     model.train()
 
 
@@ -676,9 +679,9 @@ BY_SUBSET = (
     "log_weight_variance/log_likelihood/",
 )
 PAPERS = Path(__file__).parent / "results" / "papers.json"
-# Options that say where and how a run ran, not what it is.
+# Options that are not among a result's "options": where and how a run ran, and what stands beside.
 CIRCUMSTANCES = {"cache_dir", "checkpoint_every", "compile", "data_dir", "device", "download"}
-CIRCUMSTANCES |= {"eval_every", "no_eval", "resume", "runs_dir"} | {"dataset", "epochs", "seed"}
+CIRCUMSTANCES |= {"eval_every", "no_eval", "resume", "runs_dir", "dataset", "epochs", "seed"}
 
 
 def numbers(results):
@@ -709,8 +712,8 @@ PROTOCOL = ("latent_train", "importance_samples")
 
 
 def settings_of(results):
-    """What makes two runs of a script two seeds of one setting: all options that are set, and the
-    protocol."""
+    """All options that are set, and the protocol. Runs of a script in which these are equal are
+    seeds of one experiment."""
     options = {name: value for name, value in results["options"].items() if value != ""}
     return options | {name: results.get(name) for name in ("epochs", *PROTOCOL)}
 
@@ -834,7 +837,7 @@ def draw_curves(path, runs, against):
     """A PNG of `curves`: a panel each, a line for each label, a band of one standard deviation."""
     panels = curves(runs, against)
     if not panels:
-        raise UserError("--against inputs: needs runs of more than three modalities")
+        raise UserError("--against inputs: no metric of these runs is by the number of inputs")
     width = min(len(panels), 2 if len(panels) == 4 else 3)
     height = math.ceil(len(panels) / width)
     size = max(3.6 * width, 5), 3.2 * height
@@ -919,7 +922,7 @@ def read_results(path):
 def load_run(path):
     """(model, modalities, args) of a run's folder, its epochs those of the checkpoint, which names
     script and class; only a plain module beside this file that defines the class is imported."""
-    state, args = load_checkpoint(path), argparse.Namespace(**read_args(path))
+    state, args = load_checkpoint(path), argparse.Namespace(**read_facts(path)["options"])
     args.epochs = state["epoch"]
     script, name = state["script"], state["class"]
     if not (str(script).isidentifier() and (Path(__file__).parent / f"{script}.py").is_file()):
@@ -928,6 +931,8 @@ def load_run(path):
     method = getattr(module, str(name), None)
     if not (inspect.isclass(method) and method.__module__ == script):
         raise UserError(f"{path}: {script}.py does not define the class {name!r}")
+    if not hasattr(module, "arguments"):
+        raise UserError(f"{path}: {script}.py is not a script of a method")
     if missing := vars(module.arguments([])).keys() - vars(args).keys():
         names = ", ".join(sorted(missing))
         raise UserError(f"{path}: is of another version of {script}.py, its options lack {names}")
@@ -950,33 +955,40 @@ def picture(text):
 
 @command
 def main(argv=None):
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=Help, allow_abbrev=False)
     add = p.add_argument
     about = "folder of a run, or its results.json to be read only"
     add("runs", metavar="RUN", nargs="+", help=about)
     add("--markdown", action="store_true", help="tables of several runs in Markdown")
-    add("--json", action="store_true", help="the same as JSON")
-    add("--figure", metavar="FILE", type=picture, help="draw the runs' metrics as a PNG")
+    about = "instead print the tables' numbers as JSON, and all else to standard error"
+    add("--json", action="store_true", help=about)
+    add(
+        "--figure",
+        metavar="FILE",
+        type=picture,
+        help="draw the runs' metrics as a PNG (default: no picture)",
+    )
     against = ["inputs", "supervision", "keep", "beta"]
-    about = "what --figure has below: the number of inputs, an option, or, for beta, log p(X)"
+    about = (
+        "the horizontal axis of --figure: the number of inputs, an option or, for beta, log p(X)"
+    )
     add("--against", choices=against, default="inputs", help=about)
 
     def tuples(text):
         return sys.maxsize if text == "all" else number(int, 10)(text)
 
-    about = "training tuples the latents' classifier learns from, or all (default: %(default)s)"
+    about = "training tuples the latents' classifier learns from, or all"
     add("--latent-train", metavar="N", type=tuples, default=LATENT_TRAIN, help=about)
-    count, about = number(int, 1), "samples of each log-likelihood (default: %(default)s)"
+    count, about = number(int, 1), "samples of each log-likelihood"
     add("--importance-samples", metavar="K", type=count, default=IMPORTANCE_SAMPLES, help=about)
-    about = "log p(X) by samples of every subset's posterior, or only of that given all "
-    about += "modalities, which with five is a 31st of the work (default: all)"
+    about = "log p(X) by samples of every subset's posterior or only of that given all modalities, "
+    about += "with five 1/31 of the work"
     add("--proposals", choices=["all", "full"], default="all", help=about)
     add("--data-dir", metavar="DIR", help="folder of the data (default: the run's)")
     add("--cache-dir", metavar="DIR", help="folder of the cache (default: the run's)")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to run")
-    about = "do not evaluate, draw what the runs, all of one data set, generate from --given"
+    about = "do not evaluate, draw what the runs, all of one data set, generate from --given "
+    about += "(default: evaluate)"
     add("--side-by-side", metavar="FILE", type=picture, help=about)
     add("--given", metavar="NAME", help="modality (default: the first)")
     p.error = fail
@@ -995,14 +1007,29 @@ def main(argv=None):
         draw_side_by_side(options)
         return
     protocol = options.latent_train, options.importance_samples, options.proposals
-    # All files before one is evaluated, which takes long.
+    # All files, and whether they go together, before one is evaluated, which takes long.
     files = {r: read_results(r) if r.endswith(".json") else load_run(r) for r in options.runs}
+    require_alike(files, options)
     for run, content in files.items():
         if not run.endswith(".json"):
             model, data, args = with_data(run, *content, options)
-            print(f"{args.dataset}: {data.source}")
-            files[run] = report(Path(run), model, data, args, *protocol)
+            with redirect_stdout(sys.stderr if options.json else sys.stdout):
+                print(f"{args.dataset}: {data.source}")
+                files[run] = report(Path(run), model, data, args, *protocol)
     compare(list(files.values()), options)
+
+
+def require_alike(files, options):
+    """Raises UserError where the runs cannot share a --figure, or do not have what it is against;
+    files has the content of a results.json or what `load_run` gives."""
+    of_one = set()
+    for run, content in files.items():
+        facts = content if isinstance(content, dict) else read_facts(run)
+        of_one.add((facts["source"], facts.get("dataset", facts["options"].get("dataset"))))
+        if options.against not in ("inputs", *facts["options"]):
+            raise UserError(f"--against {options.against}: {run} does not say what it had there")
+    if options.figure and len(of_one) > 1:
+        raise UserError(f"--figure {options.figure}: needs runs of one data set")
 
 
 def with_data(run, model, modalities, args, options):
@@ -1012,6 +1039,8 @@ def with_data(run, model, modalities, args, options):
     data = datasets.load(args)
     if data.modalities != modalities:
         raise UserError(f"{run}: was trained on other modalities than those of {data.source}")
+    if (trained_on := read_facts(run)["source"]) != data.source:
+        print(f"{run} was trained on {trained_on}", file=sys.stderr)
     return model.to(parse_device(options.device)), data, args
 
 
@@ -1047,10 +1076,6 @@ def compare(runs, options):
     by_data = defaultdict(list)
     for results in runs:
         by_data[results["dataset"], results["source"]].append(results)
-    if options.figure and len(by_data) > 1:
-        raise UserError(f"--figure {options.figure}: needs runs of one data set")
-    if any(options.against not in r["options"] for r in runs) and options.against != "inputs":
-        raise UserError(f"--against {options.against}: a run does not say what it had there")
     if options.json:
         names = ("dataset", "source")
         found = [dict(zip(names, key)) | statistics(members) for key, members in by_data.items()]

@@ -303,12 +303,23 @@ def main(argv=None):
     if args.supervision < 1:
         train = datasets.with_streams(train, args.supervision, args.data_seed)
     steps = len(datasets.epoch_order(train, args.batch_size, args.seed))
-    options = "latent_dim private_dim beta objective K kl distribution scales learn_prior"
-    config = {name: getattr(args, name) for name in options.split()}
+    config = dict(
+        latent_dim=args.latent_dim,
+        private_dim=args.private_dim,
+        beta=args.beta,
+        objective=args.objective,
+        K=args.K,
+        kl=args.kl,
+        distribution=args.distribution,
+        scales=args.scales,
+        learn_prior=args.learn_prior,
+    )
     model = MMVAE(data.modalities, **config).to(device)
-    settings = dict(lr=args.lr, fused=True, capturable=common.captures(args, device, world))
-    optimizer = torch.optim.Adam(model.parameters(), amsgrad=args.amsgrad, **settings)
-    fast_model = common.accelerate(model, args, device, world, train.streams)
+    capturable = common.captures(args, device, world)
+    settings = dict(lr=args.lr, amsgrad=args.amsgrad, fused=True, capturable=capturable)
+    optimizer = torch.optim.Adam(model.parameters(), **settings)
+    streamed = common.Streams(model) if train.streams else model
+    fast_model = common.accelerate(streamed, args, device, world)
     batch_size = args.batch_size // world
 
     def update(rows):
@@ -349,9 +360,9 @@ def main(argv=None):
 
     if world > 1:
         torch.distributed.destroy_process_group()
-    if rank == 0 and not args.no_eval:
-        evaluate.report(run, model, data, args)
     if rank == 0:
+        if not args.no_eval:
+            evaluate.report(run, model, data, args)
         print(f"run: {run}")
 
 

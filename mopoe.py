@@ -234,12 +234,20 @@ def main(argv=None):
     if args.supervision < 1:
         train = datasets.with_streams(train, args.supervision, args.data_seed)
     steps = len(datasets.epoch_order(train, args.batch_size, args.seed))
-    options = "latent_dim private_dim beta subsets expectation kl prior_expert"
-    config = {name: getattr(args, name) for name in options.split()}
+    config = dict(
+        latent_dim=args.latent_dim,
+        private_dim=args.private_dim,
+        beta=args.beta,
+        subsets=args.subsets,
+        expectation=args.expectation,
+        kl=args.kl,
+        prior_expert=args.prior_expert,
+    )
     model = MoPoE(data.modalities, **config).to(device)
-    settings = dict(lr=args.lr, fused=True, capturable=common.captures(args, device, world))
-    optimizer = torch.optim.Adam(model.parameters(), **settings)
-    fast_model = common.accelerate(model, args, device, world, train.streams)
+    capturable = common.captures(args, device, world)
+    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True, capturable=capturable)
+    streamed = common.Streams(model) if train.streams else model
+    fast_model = common.accelerate(streamed, args, device, world)
     batch_size = args.batch_size // world
 
     def update(rows):
@@ -280,9 +288,9 @@ def main(argv=None):
 
     if world > 1:
         torch.distributed.destroy_process_group()
-    if rank == 0 and not args.no_eval:
-        evaluate.report(run, model, data, args)
     if rank == 0:
+        if not args.no_eval:
+            evaluate.report(run, model, data, args)
         print(f"run: {run}")
 
 

@@ -106,7 +106,7 @@ class MVAE(nn.Module):
         width, M = latent_dim + private_dim, len(modalities)
         self.encoders = nn.ModuleList(encoder(m, 2 * width) for m in modalities)
         self.decoders = nn.ModuleList(decoder(m, width) for m in modalities)
-        self.register_buffer("singletons", torch.eye(M, dtype=torch.bool), persistent=False)
+        self.register_buffer("singletons", torch.eye(M).bool(), persistent=False)
         self.register_buffer("zeros", torch.zeros(latent_dim + M * private_dim), persistent=False)
         self.register_buffer("annealing", torch.ones(()), persistent=False)
 
@@ -167,11 +167,12 @@ class MVAE(nn.Module):
         return mu, logvar
 
     def elbos(self, x, subsets, observed=None):
-        """ELBO(S) = E_q(z|x_S)[Σ_{i in S} λ_i log p(x_i|z)] - β KL(q(z|x_S) || p(z)) and the KL for
-        a list of subsets of indices, the first of all modalities in x; the ELBOs, the KLs
-        and the subsets' sizes, (S, B) each, and log p(x_i|z), (B,), by the numbers of S and i. Of
-        an example with missing modalities S is the observed part, or all it has where that is
-        empty."""
+        """ELBO(S) = E_q(z|x_S)[Σ_{i in S} λ_i log p(x_i|z)] - β KL(q(z|x_S) || p(z)) for each of
+        the subsets, lists of indices, the first of which has all modalities in x: the ELBOs, the
+        KLs and the subsets' sizes, (S, B) each, and {i: log p(x_i|z) given all, (B,)}. Where an
+        example lacks modalities, S is replaced by its observed part, or by all that is observed if
+        that part is empty."""
+        # From a buffer, since a captured step cannot copy from the host.
         masks = [torch.stack([self.singletons[i] for i in S]).any(0) for S in subsets]
         present = torch.stack(masks)[..., None]  # (S, M, 1)
         if observed is not None:
@@ -179,19 +180,17 @@ class MVAE(nn.Module):
             present = torch.where(rest.any(1, keepdim=True), rest, observed.T)  # (S, M, B)
         mu, logvar = self.product(*self.encode(x), present)
         z = mu + torch.exp(0.5 * logvar) * torch.randn_like(mu)  # (S, B, D)
-        log_p = {}
+        reconstruction, log_px = [0.0] * len(subsets), {}
         for i in subsets[0]:
-            with_i, name = [s for s, S in enumerate(subsets) if i in S], self.modalities[i].name
-            p = self.decode(torch.stack([z[s] for s in with_i]), [name])[name]
-            for s, log_p_i in zip(with_i, p.log_prob(x[name]), strict=True):
-                log_p[s, i] = torch.where(present[s, i], log_p_i, 0)
-        weighted = {(s, i): self.modalities[i].weight * t for (s, i), t in log_p.items()}
-        reconstruction = torch.stack(
-            [sum(weighted[s, i] for i in S) for s, S in enumerate(subsets)]
-        )
+            m, with_i = self.modalities[i], [s for s, S in enumerate(subsets) if i in S]
+            p = self.decode(torch.stack([z[s] for s in with_i]), [m.name])[m.name]
+            for s, log_p in zip(with_i, p.log_prob(x[m.name]), strict=True):
+                log_p = torch.where(present[s, i], log_p, 0)
+                reconstruction[s] = reconstruction[s] + m.weight * log_p
+                log_px.setdefault(i, log_p)  # of the first subset
         kl = gaussian_kl(mu, logvar)
-        elbos = reconstruction - self.beta * self.annealing * kl
-        return elbos, kl, present.sum(1).expand_as(kl), log_p
+        elbos = torch.stack(reconstruction) - self.beta * self.annealing * kl
+        return elbos, kl, present.sum(1).expand_as(kl), log_px
 
     def objective(self, x, observed=None):
         """ELBO(all) + Σ_i ELBO({i}) + Σ_k ELBO(S_k), per example (B,), over what is
@@ -212,7 +211,7 @@ class MVAE(nn.Module):
         log_px = {}
         for i in whole:
             seen = torch.ones_like(kl[0]) if observed is None else observed[:, i]
-            mean = log_p[0, i].detach().sum() / seen.sum().clamp(min=1)
+            mean = log_p[i].detach().sum() / seen.sum().clamp(min=1)
             log_px[f"log_px/{self.modalities[i].name}"] = mean
         total_kl = (counts * kl).sum(0).detach().mean()
         return (counts * elbos).sum(0), {"kl": total_kl} | log_px
@@ -238,12 +237,18 @@ def main(argv=None):
     if args.supervision < 1:
         train = datasets.with_streams(train, args.supervision, args.data_seed)
     steps = len(datasets.epoch_order(train, args.batch_size, args.seed))
-    options = "latent_dim private_dim beta random_subsets product"
-    config = {name: getattr(args, name) for name in options.split()}
+    config = dict(
+        latent_dim=args.latent_dim,
+        private_dim=args.private_dim,
+        beta=args.beta,
+        random_subsets=args.random_subsets,
+        product=args.product,
+    )
     model = MVAE(data.modalities, **config).to(device)
-    settings = dict(lr=args.lr, fused=True, capturable=common.captures(args, device, world))
-    optimizer = torch.optim.Adam(model.parameters(), **settings)
-    fast_model = common.accelerate(model, args, device, world, train.streams)
+    capturable = common.captures(args, device, world)
+    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True, capturable=capturable)
+    streamed = common.Streams(model) if train.streams else model
+    fast_model = common.accelerate(streamed, args, device, world)
     batch_size = args.batch_size // world
 
     def update(rows):
@@ -286,9 +291,9 @@ def main(argv=None):
 
     if world > 1:
         torch.distributed.destroy_process_group()
-    if rank == 0 and not args.no_eval:
-        evaluate.report(run, model, data, args)
     if rank == 0:
+        if not args.no_eval:
+            evaluate.report(run, model, data, args)
         print(f"run: {run}")
 
 

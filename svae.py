@@ -8,7 +8,7 @@ have M² encoders: e_k^f(z|x_f) is expert k as computed from modality f. With tw
     q(z|x1,x2) ∝ q1(z|x1) q2(z|x2),  q(z|x1) ∝ q1(z|x1) q2*(z|x1),  q(z|x2) ∝ q2(z|x2) q1*(z|x2).
 
     python svae.py                                     polydigits, some 20 minutes on one CPU core
-    python svae.py --dataset polymnist --beta 2.5      the setting of the other four on PolyMNIST
+    python svae.py --dataset polymnist --beta 2.5      the other four's β, D and batch
     torchrun --nproc-per-node 8 svae.py ...            several GPUs
 
 Expected on polydigits: coherence of the modalities not given, given 1, 2, 3, 4: 79, 82, 84, 85 %;
@@ -32,8 +32,8 @@ reading. Every S with |S| >= 2 adds E_q(z|x_S)[Σ_{i in S} log p(x_i|z)] - Σ_{i
 q(z|x_S without x_i)), and all but the whole also - KL(q(z|x_S) || p(z)), each summed over the forms
 of the posteriors in it. That reads (D.29) without its KL to the absent modality's posterior, and
 (D.31) as a sum over unordered pairs; the ELBOs that `vaevae` leaves out are the same. With five
-modalities that is 220 decodings of a complete tuple. `--expectation stratified` gives it the terms
-of one S between one and all modalities, as often as there are such S: the same in expectation, at
+modalities that is 220 decodings of a complete tuple. With `--expectation stratified` it has the
+terms of one random S with 1 < |S| < M only, times the number of such S: the same in expectation, at
 18 decodings.
 """
 
@@ -157,9 +157,10 @@ class SVAE(nn.Module):
         return dict(zip(self.forms, of_each, strict=True))
 
     def allotted(self, subsets, B, complete):
-        """{S: the rows, of B, with S's terms} and {S: how often these count}: all rows once or,
-        with --expectation stratified and no fewer complete tuples than there are S between one and
-        all modalities, one such S each, evenly and at random, for all of them."""
+        """{S: the rows on which S's terms are computed} and {S: the factor by which these count}.
+        With --expectation stratified each complete tuple has one random S with 1 < |S| < M, and
+        each such S an equal share of the B rows; else, or of fewer rows than there are such S,
+        every S has all rows."""
         rows, times = dict.fromkeys(subsets, slice(None)), dict.fromkeys(subsets, 1.0)
         between = [S for S in subsets if 1 < len(S) < len(self.modalities)]
         if self.expectation == "stratified" and complete and 0 < len(between) <= B:
@@ -173,6 +174,8 @@ class SVAE(nn.Module):
         where only one modality is, its ELBO. x has all modalities, or one alone. Terms: the KLs'
         sum and each log p(x_i|z) given all that is observed, in nats. Every example needs one
         observed modality."""
+        # `main` passes no mask, since what is missing comes as streams: the mask is for the
+        # interface that all objectives share.
         x = hide(x, observed, self.modalities)
         q = self.posteriors(x)
         names = [m.name for m in self.modalities if m.name in x]
@@ -239,12 +242,17 @@ def main(argv=None):
     between = 2 ** len(data.modalities) - len(data.modalities) - 2
     if args.expectation == "stratified" and args.batch_size < between * world:
         raise UserError(f"--expectation stratified: needs --batch-size {between * world} at least")
-    options = "latent_dim beta objective expectation"
-    config = {name: getattr(args, name) for name in options.split()}
+    config = dict(
+        latent_dim=args.latent_dim,
+        beta=args.beta,
+        objective=args.objective,
+        expectation=args.expectation,
+    )
     model = SVAE(data.modalities, **config).to(device)
-    settings = dict(lr=args.lr, fused=True, capturable=common.captures(args, device, world))
-    optimizer = torch.optim.Adam(model.parameters(), **settings)
-    fast_model = common.accelerate(model, args, device, world, train.streams)
+    capturable = common.captures(args, device, world)
+    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True, capturable=capturable)
+    # Algorithm 1: a step has a batch of complete tuples and one of each modality alone.
+    fast_model = common.accelerate(common.Streams(model), args, device, world)
     batch_size = args.batch_size // world
 
     def update(rows):
@@ -285,9 +293,9 @@ def main(argv=None):
 
     if world > 1:
         torch.distributed.destroy_process_group()
-    if rank == 0 and not args.no_eval:
-        evaluate.report(run, model, data, args)
     if rank == 0:
+        if not args.no_eval:
+            evaluate.report(run, model, data, args)
         print(f"run: {run}")
 
 

@@ -6,7 +6,7 @@ Every subset of the modalities has a posterior of its own, variant (b): for two 
 joint network with its own encoders. `--joint poe` is variant (a), the product of the q(z|x_i).
 
     python vaevae.py                                   polydigits, some six minutes on two CPU cores
-    python vaevae.py --dataset polymnist --beta 2.5    the setting of the other four on PolyMNIST
+    python vaevae.py --dataset polymnist --beta 2.5    the other four's β, D and batch
     torchrun --nproc-per-node 8 vaevae.py ...          several GPUs
 
 Expected on polydigits, there with `--joint poe`: coherence of the modalities not given, given 1, 2,
@@ -23,8 +23,8 @@ With more modalities, Eq. (D.28) - (D.31), every subset S of a complete tuple wi
 E_q(z|x_S)[Σ_{i in S} log p(x_i|z)] - Σ_{i in S} KL(q(z|x_S) || q(z|x_S without x_i)), and all but
 the whole also - KL(q(z|x_S) || p(z)). That reads (D.29) without its KL to the absent modality's
 posterior, and (D.31) as a sum over unordered pairs. With five modalities that is 75 decodings of a
-complete tuple. `--expectation stratified` gives it the terms of one S between one and all
-modalities, as often as there are such S: the same in expectation, at 8 decodings.
+complete tuple. With `--expectation stratified` it has the terms of one random S with 1 < |S| < M
+only, times the number of such S: the same in expectation, at 8 decodings.
 """
 
 import itertools
@@ -152,9 +152,10 @@ class VAEVAE(nn.Module):
         return q
 
     def allotted(self, subsets, B, complete):
-        """{S: the rows, of B, with S's terms} and {S: how often these count}: all rows once or,
-        with --expectation stratified and no fewer complete tuples than there are S between one and
-        all modalities, one such S each, evenly and at random, for all of them."""
+        """{S: the rows on which S's terms are computed} and {S: the factor by which these count}.
+        With --expectation stratified each complete tuple has one random S with 1 < |S| < M, and
+        each such S an equal share of the B rows; else, or of fewer rows than there are such S,
+        every S has all rows."""
         rows, times = dict.fromkeys(subsets, slice(None)), dict.fromkeys(subsets, 1.0)
         between = [S for S in subsets if 1 < len(S) < len(self.modalities)]
         if self.expectation == "stratified" and complete and 0 < len(between) <= B:
@@ -168,6 +169,8 @@ class VAEVAE(nn.Module):
         where only one modality is, its ELBO. x has all modalities, or one alone. Terms: the KLs'
         sum and each log p(x_i|z) given all that is observed, in nats. Every example needs one
         observed modality."""
+        # `main` passes no mask, since what is missing comes as streams: the mask is for the
+        # interface that all objectives share.
         x = hide(x, observed, self.modalities)
         q = self.posteriors(x)
         names = [m.name for m in self.modalities if m.name in x]
@@ -250,12 +253,18 @@ def main(argv=None):
     between = 2 ** len(data.modalities) - len(data.modalities) - 2
     if args.expectation == "stratified" and args.batch_size < between * world:
         raise UserError(f"--expectation stratified: needs --batch-size {between * world} at least")
-    options = "latent_dim beta joint objective expectation"
-    config = {name: getattr(args, name) for name in options.split()}
+    config = dict(
+        latent_dim=args.latent_dim,
+        beta=args.beta,
+        joint=args.joint,
+        objective=args.objective,
+        expectation=args.expectation,
+    )
     model = VAEVAE(data.modalities, **config).to(device)
-    settings = dict(lr=args.lr, fused=True, capturable=common.captures(args, device, world))
-    optimizer = torch.optim.Adam(model.parameters(), **settings)
-    fast_model = common.accelerate(model, args, device, world, train.streams)
+    capturable = common.captures(args, device, world)
+    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True, capturable=capturable)
+    # Algorithm 1: a step has a batch of complete tuples and one of each modality alone.
+    fast_model = common.accelerate(common.Streams(model), args, device, world)
     batch_size = args.batch_size // world
 
     def update(rows):
@@ -296,9 +305,9 @@ def main(argv=None):
 
     if world > 1:
         torch.distributed.destroy_process_group()
-    if rank == 0 and not args.no_eval:
-        evaluate.report(run, model, data, args)
     if rank == 0:
+        if not args.no_eval:
+            evaluate.report(run, model, data, args)
         print(f"run: {run}")
 
 

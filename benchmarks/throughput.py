@@ -95,7 +95,8 @@ def our_step(method, mode, options, device):
     model = METHODS[method](modalities(), options.latent_dim, beta=2.5).to(device)
     args = argparse.Namespace(compile="compiled" in mode)
     optimizer = adam(model, common.captures(args, device, 1))
-    fast_model = common.accelerate(model, args, device, 1, train.streams)
+    streamed = common.Streams(model) if train.streams else model
+    fast_model = common.accelerate(streamed, args, device, 1)
 
     def update(rows):
         x, observed = train.batch(rows)

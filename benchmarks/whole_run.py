@@ -67,6 +67,8 @@ def main(argv=None):
     about = "write the result there (default: nowhere)"
     p.add_argument("--json", metavar="FILE", help=about)
     options, theirs = p.parse_known_args(argv)
+    if any(text.split("=")[0] == "--resume" for text in theirs):
+        raise common.UserError("--resume: a whole run is measured, from its first epoch on")
     command = shlex.join(["python", *sys.argv])
     script = importlib.import_module(options.script)
     SECONDS["imports"] = time.monotonic() - BEGAN

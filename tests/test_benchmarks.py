@@ -69,6 +69,7 @@ def test_dreg_competes_compiled_where_mmvae_compiles_it(monkeypatch, throughput,
         "throughput.py --methods gan",
         "evaluation.py --tuples 9",
         "whole_run.py gan",
+        "whole_run.py mopoe --resume",
     ],
 )
 def test_mistakes_in_a_benchmarks_options_are_one_line(mistake, monkeypatch, capsys):

@@ -9,6 +9,7 @@ import struct
 import urllib.error
 import urllib.request
 import zipfile
+from http.client import BadStatusLine
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -556,14 +557,26 @@ def test_faults_of_svhn_files_are_named(tmp_path, monkeypatch):
     fails("SVHN is not there and cannot be downloaded.*train_32x32.mat.*polydigits")
 
 
-def test_a_download_that_fails_leaves_no_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(urllib.request, "urlopen", no_network)
+@pytest.mark.parametrize("changed", [dict(backgrounds="pictures"), dict(download=True)])
+def test_polymnists_options_are_refused_elsewhere(changed, tmp_path):
+    (name,) = changed
+    with pytest.raises(UserError, match=f"--{name}: belongs to --dataset polymnist, not digits-"):
+        datasets.load(options(tmp_path, dataset="digits-label", **changed))
+
+
+@pytest.mark.parametrize("fault", [urllib.error.URLError("no network"), BadStatusLine("?!")])
+def test_a_download_that_fails_says_why_and_leaves_no_folder(fault, tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise fault
+
+    monkeypatch.setattr(urllib.request, "urlopen", refuse)
     mistyped, empty = tmp_path / "mistyped", tmp_path / "empty"
     empty.mkdir()
     for folder in (mistyped, empty):
         for fetch in (lambda root: datasets.mnist(root, "MNIST"), datasets.svhn):
-            with pytest.raises(UserError, match="cannot be downloaded"):
+            with pytest.raises(UserError, match=r"(?s)cannot be downloaded \(.+\); put") as error:
                 fetch(folder)
+            assert fetch is not datasets.svhn or str(fault) in str(error.value)
     assert list(tmp_path.rglob("*")) == [empty]
 
 

@@ -806,11 +806,19 @@ def test_a_run_that_is_named_twice_counts_once(tmp_path, capsys):
     assert "±" not in capsys.readouterr().out
 
 
-def test_what_is_missing_is_named_before_anything_is_evaluated(tmp_path, monkeypatch):
+def test_what_is_missing_is_named_before_anything_is_evaluated(tmp_path, monkeypatch, capsys):
+    facts = {"source": "there", "options": {"dataset": "polymnist", "beta": 1.0}}
     monkeypatch.setattr(evaluate, "load_run", lambda path: 3 * [None])
-    with pytest.raises(SystemExit) as stop:
-        evaluate.main(["run", str(tmp_path / "none.json")])
-    assert stop.value.code == 2
+    monkeypatch.setattr(evaluate, "read_facts", lambda path: facts)
+    figure = [*write(tmp_path, made()), "--figure", str(tmp_path / "x.png")]
+    for argv, fragment in (
+        ([str(tmp_path / "none.json")], "none.json"),
+        (figure, "needs runs of one data set"),
+        ([*figure, "--against", "keep"], "--against keep: run does not say"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            evaluate.main(["run", *argv])
+        assert stop.value.code == 2 and fragment in capsys.readouterr().err
 
 
 def test_latents_are_drawn_alike_each_time(tmp_path):

@@ -56,7 +56,7 @@ def run(script, folder, *options, expect=0):
 
 
 def resume(script, path, *options):
-    saved = common.read_args(path)
+    saved = common.read_facts(path)["options"]
     tiny.add_to(script).main(
         ["--resume", str(path), "--runs-dir", saved["runs_dir"], "--cache-dir", saved["cache_dir"]]
         + list(options)
@@ -337,7 +337,7 @@ def test_resumed_is_bit_for_bit_the_uninterrupted_run(script, tmp_path, done):
         {k: v for k, v in row.items() if k != drop} for row in rows(whole)
     ]
     assert scalars(path) == scalars(whole)
-    assert common.read_args(path)["epochs"] == 3
+    assert common.read_facts(path)["options"]["epochs"] == 3
 
 
 @every_script
@@ -456,6 +456,11 @@ def test_a_switch_that_a_data_set_turns_on_can_be_turned_off():
                 assert getattr(args, option) is False
                 turned_on += 1
     assert turned_on == 4  # MMVAE's learnt prior and AMSGrad, on mnist-svhn and cub
+
+
+def test_seeds_made_of_different_numbers_differ():
+    numbers = [(*n, *zeros) for n in ((0,), (1,), (1, 2)) for zeros in ((), (0,), (0, 0))]
+    assert len({common.seed_of(*n) for n in numbers}) == len(numbers)
 
 
 @every_script
@@ -580,6 +585,7 @@ def test_memory_that_is_not_there_is_one_line(empty, capsys):
         ({"script": "os"}, "is not a file beside evaluate.py"),
         ({"script": "../mopoe"}, "is not a file beside evaluate.py"),
         ({"script": "datasets", "class": "UserError"}, "does not define the class"),
+        ({"script": "common", "class": "Streams"}, "is not a script of a method"),
         ({"class": "encoder"}, "does not define the class"),
         ({"kwargs": {"nonsense": 1}}, "does not fit"),
         ({"modalities": [{"name": "x"}]}, "does not fit"),
@@ -606,6 +612,20 @@ def test_a_data_set_that_is_no_more_is_named(reader, finished, tmp_path, capsys)
         resume("mopoe", path, "--epochs", "2") if reader == "resume" else evaluate.main([str(path)])
     assert stop.value.code == 2
     one_line(capsys, "--dataset gone: there is none of this name")
+
+
+def test_a_run_says_where_its_data_are_no_longer_those_it_was_trained_on(
+    finished, tmp_path, capsys
+):
+    path = Path(shutil.copytree(finished["mopoe"], tmp_path / "run"))
+    facts = json.loads((path / "args.json").read_text()) | {"source": "something else"}
+    (path / "args.json").write_text(json.dumps(facts))
+    evaluate.main([str(path)])
+    assert f"{path} was trained on something else" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        resume("mopoe", path, "--epochs", "2")
+    assert stop.value.code == 2
+    one_line(capsys, "was trained on something else, here is made for tests")
 
 
 def test_a_run_is_not_evaluated_on_other_modalities(finished, capsys, monkeypatch):
