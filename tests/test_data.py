@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import importlib
 import io
+import itertools
 import json
 import struct
 import urllib.error
@@ -128,6 +129,19 @@ def test_polymnist_inverts_the_crop_on_the_digit_and_pairs_within_a_digit(monkey
             expected = sorted(zip(labels, (images > 128).reshape(len(labels), -1).tolist()))
             found = sorted(zip(split.labels.tolist(), digits.reshape(len(labels), -1).tolist()))
             assert found == expected
+
+
+def test_the_pictures_of_a_tuple_show_different_images_of_its_digit(monkeypatch, tmp_path):
+    make_mnist(tmp_path)
+    flat = [np.full((28, 28, 3), 10 * m, np.uint8) for m in range(5)]
+    monkeypatch.setattr(datasets, "sample_backgrounds", lambda: flat)
+    x = datasets.polymnist(options(tmp_path)).train.tensors
+    digits = [(x[f"m{m}"][:, 0] != 10 * m).flatten(1) for m in range(5)]
+    pairs = itertools.combinations(digits, 2)
+    same = torch.stack([(a == b).all(1) for a, b in pairs]).double().mean().item()
+    # Two random orders of a digit's four images agree in one place, give or take one; there are ten
+    # digits and ten pairs of pictures.
+    assert abs(same - 1 / 4) < 4 * 1 / 4 / 100**0.5
 
 
 def test_crops_are_contiguous_pieces_of_the_background():
@@ -469,9 +483,90 @@ def test_a_label_is_the_images_own(tmp_path, name):
             assert (split.tensors["image"][:, 0, 5].argmax(-1) == split.labels).all()
 
 
-def test_the_last_10_000_training_images_are_left_to_validation(data_dir):
-    data = datasets.load(options(data_dir, dataset="mnist-label"))
-    assert (len(data.train), len(data.test)) == (50_000, 10_000)
+def test_the_last_10_000_training_images_are_left_to_validation():
+    images, labels = np.arange(60_000), np.arange(60_000)
+    ((x, y), test), _ = datasets.for_training(((images, labels), "test"), "made")
+    assert len(x) == len(y) == 50_000 and test == "test"
+    assert x[0] == y[0] == 0 and x[-1] == y[-1] == 49_999
+
+
+def test_small_digits_have_255_greys():
+    (images, _), _ = datasets.small_digits()
+    assert images.max() == 255
+    assert set(np.unique(images)) <= {round(255 / 16 * n) for n in range(17)}
+
+
+@pytest.mark.parametrize("name", ["mnist-label", "mnist-split", "multimnist"])
+def test_the_test_data_are_made_of_test_images(name, monkeypatch, tmp_path):
+    parts = [
+        (np.full((n, 28, 28), grey, np.uint8), np.arange(n) % 10)
+        for n, grey in ((60, 100), (40, 200))
+    ]
+    monkeypatch.setattr(datasets, "mnist", lambda *_: (parts, "made"))
+    data = datasets.load(options(tmp_path, dataset=name))
+    for split, n, grey in ((data.train, 60, 100), (data.test, 40, 200)):
+        pixels = next(iter(split.tensors.values()))
+        assert len(split) == n and grey in pixels and set(pixels.unique().tolist()) <= {0, grey}
+
+
+@pytest.mark.parametrize("name", ["mnist-svhn", "mnist-svhn-text", "multimnist"])
+def test_the_data_seed_decides_what_is_drawn(name, tmp_path):
+    make_svhn(make_mnist(tmp_path))
+    found = []
+    for seed in (0, 0, 1):
+        split = datasets.load(options(tmp_path, dataset=name, data_seed=seed)).train
+        found.append([t[split.index[n]] for n, t in split.tensors.items()])
+    first, *others = found
+    same = [all(a.equal(b) for a, b in zip(first, other, strict=True)) for other in others]
+    assert same == [True, False]
+
+
+def test_the_data_seed_decides_what_is_kept(tmp_path):
+    first, again, other = (
+        datasets.load(options(tmp_path, dataset="digits-label", keep=0.5, data_seed=seed))
+        for seed in (0, 0, 1)
+    )
+    assert first.train.observed.equal(again.train.observed)
+    assert not first.train.observed.equal(other.train.observed)
+
+
+def test_a_fingerprint_is_of_data_labels_and_pairing():
+    x, labels = torch.randn(20, 2), torch.zeros(20, dtype=torch.long)
+    split = datasets.Split({"x": x}, labels, {"x": torch.arange(20)})
+    changes = dict(tensors={"x": x + 1}), dict(labels=labels + 1), dict(drawn=True)
+    changes += (dict(index={"x": torch.arange(20).roll(1)}),)
+    found = [split, *(dataclasses.replace(split, **change) for change in changes)]
+    assert len({one.fingerprint("x") for one in found}) == 5
+
+
+def test_weights_and_scales_are_the_papers(tmp_path):
+    """λ is the papers' or, of what they weigh by dimensions, the ratio of these."""
+    make_cub(make_celeba(make_svhn(make_mnist(tmp_path)), size=(64, 64)))
+    weights = {
+        "multimnist": [1, 10],
+        "mnist-label": [1, 50],
+        "celeba-attr": [1, 10],
+        "celeba-text": [1, 3 * 64 * 64 / 256],
+        "cub": [0.002, 1],
+    }
+    for name, expected in weights.items():
+        modalities = datasets.load(options(tmp_path, dataset=name)).modalities
+        assert [m.weight for m in modalities] == expected
+    assert modalities[0].scale == 0.01  # of the pictures' features
+    assert Modality("x", (3, 28, 28)).scale == 0.75  # PolyMNIST, Sutter et al. 2021, App. D.2
+
+
+def test_settings_are_the_papers():
+    settings = {
+        name: tuple(of.get(key, 1.0) for key in ("epochs", "lr", "latent_dim", "beta"))
+        for name, of in datasets.SETTINGS.items()
+    }
+    assert settings["polymnist"] == (300, 1e-3, 512, 2.5)
+    assert settings["mnist-svhn-text"] == (150, 1e-3, 20, 5.0)
+    assert settings["celeba-text"] == (200, 5e-4, 64, 2.5)
+    assert settings["mnist-svhn"] == (30, 1e-3, 20, 1.0)
+    assert settings["mnist-split"] == (200, 2e-4, 64, 1.0)
+    assert settings["mnist-label"] == (500, 1e-3, 64, 1.0)
 
 
 def test_binary_pixels_are_drawn_anew_to_train_and_once_to_test(tmp_path):
@@ -629,6 +724,36 @@ def make_celeba(folder, n=20, size=(178, 218)):
     (folder / "celeba" / "list_attr_celeba.txt").write_text("\n".join(table) + "\n")
     (folder / "celeba" / "list_eval_partition.txt").write_text("\n".join(parts) + "\n")
     return folder
+
+
+def whiten_upper_rows(folder, size, rows):
+    """In place of every picture in the folder one that is black below these rows."""
+    pixels = np.zeros((size, size, 3), np.uint8)
+    pixels[:rows] = 255
+    for file in folder.rglob("*.png"):
+        Image.fromarray(pixels).save(file)
+
+
+def upper_rows_are_white(x, rows):
+    return (x[..., :rows, :] == 255).all() and (x[..., rows:, :] == 0).all()
+
+
+def test_images_stand_upright(tmp_path):
+    make_celeba(tmp_path, size=(64, 64))
+    whiten_upper_rows(tmp_path / "celeba", 64, 20)
+    faces = datasets.load(options(tmp_path, dataset="celeba-attr")).train.tensors["image"]
+    assert upper_rows_are_white(faces, 20)
+    make_authors(tmp_path / "PolyMNIST")
+    whiten_upper_rows(tmp_path / "PolyMNIST", 28, 9)
+    assert upper_rows_are_white(datasets.polymnist(options(tmp_path)).train.tensors["m2"], 9)
+    make_svhn(tmp_path)
+    path = tmp_path / "SVHN" / "train_32x32.mat"
+    content = scipy.io.loadmat(path)
+    content["X"][:] = 0
+    content["X"][:5] = 255
+    scipy.io.savemat(path, {"X": content["X"], "y": content["y"]})
+    (x, _), _ = datasets.svhn(tmp_path)[0]
+    assert upper_rows_are_white(x, 5)
 
 
 @pytest.mark.parametrize("size", [(178, 218), (64, 64)])

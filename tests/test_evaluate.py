@@ -18,7 +18,14 @@ import torch.nn.functional as F
 from conftest import ROOT
 from exact import SCALE, log_p, modalities, sample_x, set_decoders, set_exact_experts
 from torch import nn
-from torch.distributions import Independent, MultivariateNormal, Normal, OneHotCategorical
+from torch.distributions import (
+    Categorical,
+    Independent,
+    MixtureSameFamily,
+    MultivariateNormal,
+    Normal,
+    OneHotCategorical,
+)
 
 import datasets
 import evaluate
@@ -304,10 +311,93 @@ def test_classifiers_judge_in_float32(tmp_path, monkeypatch):
         assert named["x0"](x).dtype == torch.float32
 
 
+def small_data(M=2, sizes=(20, 20)):
+    """Training and test data of M vectors and three classes."""
+    parts = [({m.name: torch.randn(n, 2) for m in vectors(M)}, torch.arange(n) % 3) for n in sizes]
+    return datasets.from_tensors(*parts, vectors(M))
+
+
+def test_classifiers_learn_from_the_training_data_alone(tmp_path, monkeypatch):
+    taught, data = [], small_data()
+
+    def teach(net, seen, split):
+        taught.append(split)
+        return net.state_dict()
+
+    monkeypatch.setattr(evaluate, "train_classifier", teach)
+    evaluate.classifiers(data.train, data.test, data.modalities, False, tmp_path)
+    assert len(taught) == 2 and all(split is data.train for split in taught)
+
+
+def test_a_classifier_is_the_same_whatever_ran_before(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate.train_classifier, "__defaults__", (2, 8))
+    data, found = small_data(), []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        args = data.modalities, False, tmp_path / str(seed)
+        named, _ = evaluate.classifiers(data.train, data.test, *args)
+        found.append(named["x0"](data.test.tensors))
+    assert found[0].equal(found[1])
+
+
+def test_metrics_are_of_the_test_data(monkeypatch):
+    """And what they learn from is the training data."""
+    data, sizes = small_data(sizes=(5, 7)), {}
+
+    def standing_in(name):
+        def metric(model, *args):
+            sizes[name] = [len(a) for a in args if isinstance(a, datasets.Split)]
+            return {}
+
+        return metric
+
+    for name in ("class_metrics", "symbol_metrics", "correlation", "log_likelihood"):
+        monkeypatch.setattr(evaluate, name, standing_in(name))
+    args = SimpleNamespace(amp=False, cache_dir="")
+    evaluate.evaluate(MoPoE(data.modalities, 2), data, args)
+    assert sizes["class_metrics"] == sizes["correlation"] == [5, 7]
+    assert sizes["symbol_metrics"] == sizes["log_likelihood"] == [7]
+
+
+def test_pictures_are_of_the_test_data(tmp_path, monkeypatch):
+    data, drawn, rows_from = small_data(sizes=(40, 30)), [], evaluate.rows_from
+
+    def watched(model, x, modality):
+        drawn.append(x)
+        return rows_from(model, x, modality)
+
+    monkeypatch.setattr(evaluate, "draw_grid", lambda *_, **__: None)
+    monkeypatch.setattr(evaluate, "rows_from", watched)
+    evaluate.draw_samples(tmp_path, MoPoE(data.modalities, 2), data)
+    known = {tuple(row) for row in data.test.tensors["x0"].tolist()}
+    assert drawn and all(tuple(row) in known for x in drawn for row in x["x0"].tolist())
+
+
+def test_what_is_generated_is_given_what_its_title_says():
+    model, given = MoPoE(vectors(3), 2), []
+    posterior = model.posterior
+    model.posterior = lambda x: given.append([*x]) or posterior(x)
+    x = {m.name: torch.randn(4, 2) for m in model.modalities}
+    with torch.no_grad():
+        evaluate.rows_from(model, x, model.modalities[1])
+    assert given == [["x1"]]
+
+
+def test_the_protocol_is_that_of_sutter_et_al():
+    assert evaluate.LATENT_TRAIN == 500 and evaluate.IMPORTANCE_SAMPLES == 15
+
+
+def test_of_a_mixture_the_representation_is_one_components_mean():
+    means = torch.tensor([[-1.0], [1.0]]).expand(1000, 2, 1)
+    experts = Independent(Normal(means, 0.1), 1)
+    z = evaluate.representation(MixtureSameFamily(Categorical(torch.ones(1000, 2)), experts))
+    assert set(z.flatten().tolist()) == {-1.0, 1.0}
+    assert abs(z.mean().item()) < 4 / 1000**0.5
+
+
 def test_classifiers_do_not_depend_on_likelihood_weights(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate.train_classifier, "__defaults__", (2, 8))
-    x, labels = {f"x{i}": torch.randn(20, 2) for i in range(2)}, torch.arange(20) % 3
-    data = datasets.from_tensors((x, labels), (x, labels), vectors(2))
+    data = small_data()
     for weight in (1.0, 9.0):
         modalities = [dataclasses.replace(m, weight=weight) for m in data.modalities]
         evaluate.classifiers(data.train, data.test, modalities, False, tmp_path)
@@ -371,6 +461,19 @@ def test_both_conventions_of_coherence():
     }
     means = {"1/without_inputs": 0.3, "1/with_inputs": 0.6, "2/with_inputs": 0.8}
     assert evaluate.coherence_by_inputs(coherence) == pytest.approx(means)
+
+
+def test_coherence_is_of_samples_of_the_posterior_from_a_seed_of_its_own():
+    split, named = told()
+    model, exact_posterior = Told(), Told().posterior
+    model.posterior = lambda x: Independent(Normal(exact_posterior(x).mean, 1.0), 1)
+    found = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        found.append(evaluate.conditional_coherence(model, named, split))
+    assert found[0] == found[1]
+    for targets in found[0].values():  # the mean would give 1, noise alone 0.2
+        assert all(0.25 < share < 0.9 for share in targets.values())
 
 
 def test_a_model_that_always_shows_one_class_has_that_classs_share():

@@ -20,7 +20,7 @@ from exact import (
 from torch.distributions import Laplace, Normal
 
 import mmvae
-from common import UserError, subset_masks
+from common import UserError, gaussian_kl, likelihood, subset_masks
 from mmvae import MMVAE, OBJECTIVES
 from mopoe import MoPoE
 
@@ -340,6 +340,30 @@ def test_posterior_is_the_mixture_of_the_given(float64, distribution):
     cdf = torch.cumulative_trapezoid(density, GRID[:, 0])
     at = torch.searchsorted(GRID[:, 0].contiguous(), samples).clamp(max=len(cdf)) - 1
     assert (cdf[at] - torch.arange(50_000) / 50_000).abs().max() < 1.95 / 50_000**0.5
+
+
+def test_private_latents_by_hand(float64, monkeypatch):
+    """A sample of expert m has its shared part and every modality's own private one."""
+    modalities, x = exact.five()
+    settings = dict(distribution="normal", scales="free", objective="elbo", kl="components", K=1)
+    model, noise = (
+        MMVAE(modalities, 3, private_dim=2, beta=1.7, **settings),
+        torch.randn(1, 5, 6, 13),
+    )
+    monkeypatch.setattr(torch.distributions.normal, "_standard_normal", lambda *_, **__: noise)
+    heads = [e(x[m.name]).chunk(2, -1) for e, m in zip(model.encoders, modalities, strict=True)]
+    expected = 0.0
+    for m in range(5):
+        mu, logvar = (
+            torch.cat([heads[m][k][:, :3], *(head[k][:, 3:] for head in heads)], -1) for k in (0, 1)
+        )
+        z = mu + torch.exp(0.5 * logvar) * noise[0, m]
+        expected = expected - 1.7 * gaussian_kl(mu, logvar) / 5
+        for i, (modality, decode) in enumerate(zip(modalities, model.decoders, strict=True)):
+            own = torch.cat([z[:, :3], z[:, 3 + 2 * i : 5 + 2 * i]], -1)
+            log_p = likelihood(modality, decode(own)).log_prob(x[modality.name])
+            expected = expected + modality.weight * log_p / 5
+    torch.testing.assert_close(model(x)[0], expected, rtol=1e-12, atol=1e-12)
 
 
 def test_scales_sum_to_their_number(float64):

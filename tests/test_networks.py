@@ -82,6 +82,53 @@ def test_layers_of_the_convolutions():
     assert back == [(2048, 512), (128, 64, 3, 3), (64, 32, 3, 3), (32, 3, 3, 3)]
 
 
+@pytest.mark.parametrize(
+    "name, shape, there, back, activation",
+    [
+        (
+            "mlp",  # Wu & Goodman 2018, supplement
+            (1, 28, 28),
+            [(512, 784), (512, 512), (6, 512)],
+            [(512, 4), (512, 512), (512, 512), (784, 512)],
+            "SiLU",
+        ),
+        ("mnist", (1, 28, 28), [(400, 784), (6, 400)], [(400, 4), (784, 400)], "ReLU"),
+        (
+            "svhn",  # Sutter et al. 2021, released code
+            (3, 32, 32),
+            [(32, 3, 4, 4), (64, 32, 4, 4), (64, 64, 4, 4), (128, 64, 4, 4), (6, 128)],
+            [(128, 4), (128, 64, 4, 4), (64, 64, 4, 4), (64, 32, 4, 4), (32, 3, 4, 4)],
+            "ReLU",
+        ),
+        (
+            "svhn-sigmoid",  # Shi et al. 2019, Table 6
+            (3, 32, 32),
+            [(32, 3, 4, 4), (64, 32, 4, 4), (128, 64, 4, 4), (6, 2048)],
+            [(2048, 4), (128, 64, 4, 4), (64, 32, 4, 4), (32, 3, 4, 4)],
+            "ReLU",
+        ),
+    ],
+)
+def test_layers_of_the_other_papers(name, shape, there, back, activation):
+    m = Modality("x", shape, network=name)
+    for net, expected in ((common.encoder(m, 6), there), (common.decoder(m, 4), back)):
+        assert [tuple(p.shape) for p in net.parameters() if p.ndim > 1] == expected
+        kinds = {type(layer).__name__ for layer in net.modules()}
+        assert kinds & {"ReLU", "SiLU", "ELU"} == {activation}
+
+
+@pytest.mark.parametrize("m", MODALITIES, ids=lambda m: m.network)
+def test_decoders_end_in_a_sigmoid_where_shi_et_al_have_one(m):
+    x = common.decoder(m, 4)(100 * torch.randn(200, 4))
+    bounded = bool(x.min() >= 0 and x.max() <= 1)
+    assert bounded == m.network.endswith("-sigmoid")
+
+
+def test_a_residual_layer_weighs_its_branches():
+    net, x = common.Residual(torch.nn.Conv1d, 8, 16, 4, 2, 1), torch.randn(2, 8, 6)
+    torch.testing.assert_close(net(x), 2 * net.f(x) + 0.3 * net.g(x))
+
+
 def test_a_label_is_looked_up_unless_the_family_is_affine():
     label = dict(name="x", shape=(), likelihood="categorical", categories=10)
     assert isinstance(common.encoder(Modality(**label, network="mlp"), 6)[0], torch.nn.Embedding)

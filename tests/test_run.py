@@ -6,6 +6,8 @@ The tests are the same for all scripts; `tiny` is a data set that trains in mill
 import csv
 import dataclasses
 import importlib
+import inspect
+import itertools
 import json
 import math
 import multiprocessing
@@ -456,6 +458,107 @@ def test_a_switch_that_a_data_set_turns_on_can_be_turned_off():
                 assert getattr(args, option) is False
                 turned_on += 1
     assert turned_on == 4  # MMVAE's learnt prior and AMSGrad, on mnist-svhn and cub
+
+
+@every_script
+def test_options_reach_model_and_optimiser(script, tmp_path):
+    path = run(script, tmp_path, "--no-eval", "--epochs", "1", "--lr", "0.003", "--beta", "0.7")
+    state, args = common.load_checkpoint(path), common.read_facts(path)["options"]
+    _, *names = inspect.signature(getattr(sys.modules[script], state["class"])).parameters
+    assert state["kwargs"] == {name: args[name] for name in names}
+    (group,) = state["optimizer"]["param_groups"]
+    assert group["lr"] == 0.003 and not group["amsgrad"]
+
+
+def test_amsgrad_reaches_the_optimiser(tmp_path):
+    path = run("mmvae", tmp_path, "--no-eval", "--epochs", "1", "--amsgrad")
+    assert common.load_checkpoint(path)["optimizer"]["param_groups"][0]["amsgrad"]
+
+
+@every_script
+@pytest.mark.parametrize("amp", [False, True])
+def test_amp_is_on_in_training_and_evaluation_or_in_neither(script, amp, tmp_path, monkeypatch):
+    found, encoder = set(), common.encoder
+
+    def watched(*args, **kwargs):
+        net = encoder(*args, **kwargs)
+        asked = torch.is_autocast_enabled
+        net.register_forward_hook(lambda *_: found.add((torch.is_grad_enabled(), asked("cpu"))))
+        return net
+
+    monkeypatch.setattr(tiny.add_to(script), "encoder", watched)
+    run(script, tmp_path, "--epochs", "1", *["--amp"] * amp)
+    # The pictures are always drawn in float32.
+    assert found == {(True, amp), (False, amp), (False, False)}
+
+
+@every_script
+def test_every_seed_epoch_and_process_has_rows_and_noise_of_its_own(script, tmp_path, monkeypatch):
+    """The first and the second process of two, played one after the other: a row's value is here
+    the number of its step, so that what is logged tells by how many rows the loss is divided."""
+    batch, seen = datasets.Split.batch, []
+    streams = 3 if script in ("svae", "vaevae") else 1
+
+    def watched(split, part):
+        seen.append((torch.initial_seed(), part.tolist()))
+        return batch(split, part)
+
+    def counting(model, *_):
+        step = itertools.count(1)
+
+        def call(x, observed=None):
+            zero = 0 * sum(p.sum() for p in model.parameters())
+            terms = dict.fromkeys(["kl", "log_px/vector", "log_px/label"], zero.detach())
+            return zero + torch.full((8 * streams,), float(next(step))), terms
+
+        return call
+
+    monkeypatch.setattr(datasets.Split, "batch", watched)
+    monkeypatch.setattr(common, "accelerate", counting)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
+    epochs = {}
+    for seed, rank in ((0, 0), (0, 1), (1, 0)):
+        place = torch.device("cpu"), rank, 2
+        monkeypatch.setattr(common, "setup", lambda args, place=place: place)
+        seen.clear()
+        path = run(script, tmp_path, "--no-eval", "--epochs", "2", "--seed", str(seed))
+        epochs[seed, rank] = seen[:12], seen[12:24]
+        if rank == 0:  # the mean of the numbers 1 to 12, and 13 to 24
+            objectives = [float(row["objective"]) for row in rows(path)]
+            assert objectives == [streams * 6.5, streams * 18.5]
+    found = [epoch for pair in epochs.values() for epoch in pair]
+    assert len({noise for ((noise, _), *_) in found}) == len(found) == 6
+    assert len({str([part for _, part in epoch]) for epoch in found}) == 6
+    for one, other in zip(epochs[0, 0], epochs[0, 1], strict=True):
+        for (_, a), (_, b) in zip(one, other, strict=True):
+            assert not set(a[:8]) & set(b[:8])  # of the complete tuples no row is in both
+
+
+@every_script
+def test_supervision_is_the_share_of_complete_tuples_that_the_data_seed_chooses(
+    script, tmp_path, monkeypatch
+):
+    batch, seen = datasets.Split.batch, []
+
+    def watched(split, part):
+        seen[-1].update(part[:16].tolist())
+        return batch(split, part)
+
+    monkeypatch.setattr(datasets.Split, "batch", watched)
+    for seed in "001":
+        seen.append(set())
+        options = ["--no-eval", "--epochs", "1", "--supervision", "0.1", "--data-seed", seed]
+        run(script, tmp_path, *options)
+    assert len(seen[0]) == 20 and seen[0] == seen[1] != seen[2]
+
+
+def test_a_row_has_the_means_over_steps_and_processes(monkeypatch):
+    log = torch.tensor([[1.0], [3.0]])
+    assert common.epoch_row(1, ["a"], log.clone(), 0.0, 1)["a"] == 2.0
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda t: t.add_(5))
+    assert common.epoch_row(1, ["a"], log, 0.0, 1)["a"] == 3.5
 
 
 def test_seeds_made_of_different_numbers_differ():
