@@ -699,6 +699,8 @@ def numbers(results):
             own = target in given.split("+")
             if target and (by_number or own) and not key.startswith(LIKELIHOODS):
                 continue
+            if by_number and target and given.count("+") + 1 == max(sizes):
+                given = "all"
             column = f"{given} → {target}" if target else given
             if by_number and key.startswith(BY_SUBSET):
                 column = str(given.count("+") + 1)

@@ -55,7 +55,7 @@ python evaluate.py runs/polymnist__svae__0/* runs/polymnist__vaevae__0/* \
 python evaluate.py runs/polymnist__mopoe__0/* runs/polymnist__mvae__0/* runs/polymnist__mmvae__0/* \
     --side-by-side results/polymnist_from_m1.png --given m1
 
-for beta in 0.5 1 5 10; do
+for beta in 0.5 1 5 10 20; do
     name=polymnist-beta__mopoe__0__$beta
     rm -rf "runs/$name"
     python mopoe.py --dataset polymnist --beta "$beta" --amp --epochs 20 --no-eval --runs-dir "runs/$name"
@@ -65,6 +65,12 @@ done
 python evaluate.py results/polymnist__mopoe__0.json results/polymnist-beta__*.json --against beta \
     --figure results/polymnist_over_beta.png
 
+name=polymnist-batch__mopoe__0
+rm -rf "runs/$name"
+python mopoe.py --dataset polymnist --beta 2.5 --batch-size 1024 --lr 2e-3 --amp --epochs 20 --no-eval \
+    --runs-dir "runs/$name"
+python evaluate.py --proposals full "runs/$name"/*
+cp "runs/$name"/*/results.json "results/$name.json"
 run polymnist-singletons__mopoe__0 mopoe --dataset polymnist --beta 2.5 --subsets singletons --amp \
     --epochs 20
 # Backgrounds that are five mosaics of 64 faces each.
@@ -169,6 +175,9 @@ run multimnist__mvae__0 mvae --dataset multimnist --epochs 5 --anneal-epochs 0
 run celeba-attr__mvae__0 mvae --dataset celeba-attr --epochs 20 --anneal-epochs 4
 run celeba-attr-weight__mvae__0 mvae --dataset celeba-attr --epochs 20 --anneal-epochs 4 \
     --weights attributes=1
+run celeba-attr-weight-2__mvae__0 mvae --dataset celeba-attr --epochs 20 --anneal-epochs 4 \
+    --weights attributes=2
+run celeba19__mvae__0 mvae --dataset celeba19 --epochs 20 --anneal-epochs 4
 long=binary-mnist-label-340
 rm -rf "runs/$long"
 python mvae.py --dataset binary-mnist-label --amp --epochs 340 --no-eval --runs-dir "runs/$long"

@@ -766,6 +766,11 @@ def test_more_than_three_modalities_are_shown_by_the_number_given():
     assert "coherence from a subset to a target, %" not in found
 
 
+def test_of_more_than_three_modalities_all_are_called_so():
+    results = made(M=4) | {"marginal/x0+x1+x2+x3/x1": -3.0}
+    assert evaluate.numbers(results)["log p(x) of one, nats"] == {"all → x1": -3.0}
+
+
 def test_log_likelihoods_given_all_stand_beside_those_of_every_subset():
     """Of a run that was evaluated with --proposals full."""
     fewer = made(M=4, beta=5.0)

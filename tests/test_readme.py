@@ -293,6 +293,7 @@ def test_the_tables_of_celeba_are_those_of_results():
     for name, label, weight in (
         ("celeba-attr__mvae__0", "`mvae.py`", "10"),
         ("celeba-attr-weight__mvae__0", "`mvae.py --weights attributes=1`", "1"),
+        ("celeba-attr-weight-2__mvae__0", "`mvae.py --weights attributes=2`", "2"),
     ):
         results = evaluate.read_results(ROOT / "results" / f"{name}.json")
         keys = f"marginal/{both}/image", f"log_likelihood/{both}", f"conditional/{both}/image"
@@ -300,8 +301,27 @@ def test_the_tables_of_celeba_are_those_of_results():
         keys = ["symbol_accuracy/image/attributes", "precision/image/attributes"]
         keys += ["precision/attributes/image", "precision/attributes/attributes"]
         keys += ["latent_precision/image", "latent_precision/attributes"]
-        row = weight if weight == "10" else f"1 ([file]({name}.json))"
+        row = weight if weight == "10" else f"{weight} ([file]({name}.json))"
         assert_row(row, [f"{100 * results[key]:.1f}" for key in keys])
+
+
+def test_the_table_of_nineteen_modalities_is_that_of_results():
+    results = evaluate.read_results(ROOT / "results" / "celeba19__mvae__0.json")
+    names = max((k for k in results if k.startswith("log_likelihood/")), key=len).partition("/")[2]
+    keys = f"marginal/{names}/image", f"log_likelihood/{names}", f"conditional/{names}/image"
+    variances = ", ".join(f"{results[f'log_weight_variance/{key}']:.1f}" for key in keys)
+    assert_row("`mvae.py`, celeba19", [*(f"{results[key]:.1f}" for key in keys), variances])
+    right = [v for k, v in results.items() if k.startswith("exact_match/image/")]
+    assert len(right) == 18 and f"{100 * sum(right) / 18:.1f} % are right in the mean" in RESULTS
+
+
+def test_the_batch_of_1024_is_that_of_results():
+    results = evaluate.read_results(ROOT / "results" / "polymnist-batch__mopoe__0.json")
+    found = evaluate.numbers(results)
+    *most, last = (f"{found[INPUTS[0][0]][n]:.1f}" for n in "1234")
+    latents, log_p = (found[m]["5"] for m in ("latent accuracy, %", "log p(X), nats"))
+    text = f"coherence is {', '.join(most)} and {last} %, the latents given all are right in "
+    assert text + f"{latents:.1f} %, log p(X) is {log_p:.1f}" in " ".join(RESULTS.split())
 
 
 def test_the_variances_of_log_weights_are_those_of_results():
