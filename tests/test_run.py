@@ -242,7 +242,7 @@ def test_runs_are_drawn_side_by_side(tmp_path, capsys, monkeypatch):
         evaluate.main([*paths, "--side-by-side", str(tmp_path / "no" / "folder.png")])
     assert stop.value.code == 2
     one_line(capsys, "folder.png")
-    others = datasets.from_tensors(*[tiny.tuples(60, 3)] * 2, tiny.MODALITIES)
+    others = datasets.from_tensors(*[tiny.tuples(60, 3)] * 2, tiny.MODALITIES, "made for tests")
     data = iter([tiny.load(None), others])
     monkeypatch.setattr(datasets, "load", lambda args: next(data))
     with pytest.raises(SystemExit) as stop:
