@@ -946,14 +946,16 @@ def test_latents_are_drawn_alike_each_time(tmp_path):
 
 def test_what_is_watched_in_training_is_the_same_each_time(monkeypatch):
     """Pixels that are drawn included."""
-    data, seen = datasets.digits_label(None), []
+    data, seen, flushed = datasets.digits_label(None), [], []
+    writer = SimpleNamespace(flush=lambda: flushed.append(1))
     data = dataclasses.replace(data, train=dataclasses.replace(data.train, drawn=True))
     shown = lambda model, data, args: seen.append(data.test.batch(torch.arange(50))[0]) or {}
     monkeypatch.setattr(evaluate, "evaluate", shown)
     for seed in (1, 2):
         torch.manual_seed(seed)
-        evaluate.watch(None, nn.Identity(), data, None, 1)
+        evaluate.watch(writer, nn.Identity(), data, None, 1)
     assert seen[0]["image"].equal(seen[1]["image"])
+    assert flushed == [1, 1]  # a program may end right after
 
 
 def test_who_stops_reading_a_table_sees_no_error():
