@@ -944,6 +944,21 @@ def test_latents_are_drawn_alike_each_time(tmp_path):
     assert pictures[0] == pictures[1]
 
 
+def test_the_picture_of_latents_has_the_kl_to_the_prior(tmp_path, monkeypatch):
+    second, kl_divergence = [], evaluate.kl_divergence
+
+    def watched(q, p):
+        second.append(p)
+        return kl_divergence(q, p)
+
+    monkeypatch.setattr(evaluate, "kl_divergence", watched)
+    data = small_data()
+    with torch.no_grad():
+        evaluate.draw_latents(tmp_path, MoPoE(data.modalities, 2), data.test)
+    # Of each modality to the prior, which has no batch, and between the two, both ways.
+    assert [p.mean.ndim for p in second] == [1, 1, 2, 2]
+
+
 def test_what_is_watched_in_training_is_the_same_each_time(monkeypatch):
     """Pixels that are drawn included."""
     data, seen, flushed = datasets.digits_label(None), [], []

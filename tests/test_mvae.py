@@ -135,6 +135,14 @@ def test_annealing_scales_the_kl(float64):
     torch.testing.assert_close(found[0], found[2])
 
 
+def test_annealing_is_as_long_as_the_papers():
+    """Wu & Goodman 2018, supplement, Section 1."""
+    found = {name: of.get("anneal_epochs", 0) for name, of in mvae.DEFAULTS.items()}
+    of_mnist = "mnist-label", "binary-mnist-label", "fashion-label", "multimnist"
+    assert {found[name] for name in of_mnist} == {200}
+    assert found["celeba-attr"] == found["celeba19"] == 20
+
+
 def test_annealing_rises_linearly_from_zero_and_goes_on_when_resumed(tmp_path, monkeypatch):
     seen, objective = [], MVAE.objective
 
