@@ -947,7 +947,7 @@ def load_run(path):
     return model, modalities, args
 
 
-def picture(text):
+def png_path(text):
     """A `type` for argparse: where a PNG can be written."""
     path = Path(text)
     if path.suffix != ".png" or not path.parent.is_dir():
@@ -964,16 +964,10 @@ def main(argv=None):
     add("--markdown", action="store_true", help="tables of several runs in Markdown")
     about = "instead print the tables' numbers as JSON, and all else to standard error"
     add("--json", action="store_true", help=about)
-    add(
-        "--figure",
-        metavar="FILE",
-        type=picture,
-        help="draw the runs' metrics as a PNG (default: no picture)",
-    )
+    about = "draw the runs' metrics as a PNG (default: no picture)"
+    add("--figure", metavar="FILE", type=png_path, help=about)
     against = ["inputs", "supervision", "keep", "beta"]
-    about = (
-        "the horizontal axis of --figure: the number of inputs, an option or, for beta, log p(X)"
-    )
+    about = "horizontal axis of --figure: the number of inputs, an option or, for beta, log p(X)"
     add("--against", choices=against, default="inputs", help=about)
 
     def tuples(text):
@@ -991,7 +985,7 @@ def main(argv=None):
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to run")
     about = "do not evaluate, draw what the runs, all of one data set, generate from --given "
     about += "(default: evaluate)"
-    add("--side-by-side", metavar="FILE", type=picture, help=about)
+    add("--side-by-side", metavar="FILE", type=png_path, help=about)
     add("--given", metavar="NAME", help="modality (default: the first)")
     p.error = fail
     options = p.parse_args(argv)
