@@ -624,6 +624,17 @@ def test_pairs_are_of_one_digit_and_cost_an_index(tmp_path, name):
     assert all(weights[n] == pytest.approx(3072 / sizes[n]) for n in weights)
 
 
+def test_at_most_10_000_images_of_a_digit_are_paired(monkeypatch, tmp_path):
+    labels = np.repeat(np.arange(10), [10_003] + 9 * [2])
+    for name, shape in (("mnist", (28, 28)), ("svhn", (3, 32, 32))):
+        part = np.zeros((len(labels), *shape), np.uint8), labels
+        monkeypatch.setattr(datasets, name, lambda *_, part=part: ((part, part), "a stand-in"))
+    data = datasets.load(options(tmp_path, dataset="mnist-svhn", pairings=2))
+    for split, pairings in ((data.train, 2), (data.test, 1)):
+        for rows in split.index.values():
+            assert rows[split.labels == 0].bincount().tolist() == 10_000 * [pairings]
+
+
 def test_the_alphabet_has_71_symbols():
     assert len(set(datasets.ALPHABET)) == 71
 
