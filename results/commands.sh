@@ -191,7 +191,7 @@ python benchmarks/throughput.py --methods mopoe mvae mmvae-k1 mmvae-k10 svae sva
 python benchmarks/throughput.py --methods mmvae-k10 --modes float32 bf16 --windows 7 --seconds 2 \
     --json results/throughput_k10_cpu.json
 python benchmarks/evaluation.py --modes bf16 --json results/evaluation_cpu.json
-# throughput_epyc.json, of another machine, says its command.
+# throughput_epyc.json, of another machine, says its command (but for --json).
 
 # On a GPU, the first two with nothing beside them:
 unset CUDA_VISIBLE_DEVICES
