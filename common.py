@@ -354,7 +354,10 @@ def parser(description, defaults):
     add("-h", "--help", action="help", help="show this page, with the defaults of --dataset")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto prefers cuda")
     add("--runs-dir", metavar="DIR", default="runs", help="where the run's own folder is made")
-    about = "go on with this run; only --epochs and --device may differ (default: a new run)"
+    about = (
+        "go on with this run; only --epochs, --device, folders of data and cache, and --no-eval "
+    )
+    about += "may differ (default: a new run)"
     add("--resume", metavar="RUN", default="", help=about)
     seconds, about = number(float, 0, 1e9), "least time between checkpoints; the last epoch has one"
     add("--checkpoint-every", metavar="SECONDS", type=seconds, default=60.0, help=about)
@@ -381,12 +384,12 @@ def parse(p, argv, defaults):
             f"{Path(sys.argv[0]).name}, which differ in the options {', '.join(sorted(differing))}"
         )
     args = p.parse_args(argv, argparse.Namespace(**saved))
-    for name in saved.keys() - {"epochs", "device", "resume"}:
+    for name in saved.keys() - {"epochs", "device", "data_dir", "cache_dir", "no_eval", "resume"}:
         if getattr(args, name) != saved[name]:
             option = "--" + name.replace("_", "-")
             raise UserError(
                 f"{option} {getattr(args, name)}: the run to resume has {saved[name]}; "
-                "only --epochs and --device may differ"
+                "only --epochs, --device, --data-dir, --cache-dir and --no-eval may differ"
             )
     return args
 
@@ -463,6 +466,8 @@ def open_run(args, script, source, start=0):
     logs cut to `start` epochs.
     """
     print(f"{args.dataset}: {source}", flush=True)
+    if not Path(script).stem.isidentifier():
+        raise UserError(f"{script}: evaluate.py imports it, so its name must be a Python word")
     if args.resume:
         run = Path(args.resume)
         before = read_facts(run, "--resume ")["source"]
@@ -487,7 +492,7 @@ def open_run(args, script, source, start=0):
     facts = {
         "options": vars(args) | {"resume": ""},
         "source": source,
-        "git": git_revision(),
+        "git": git_revision(script),
         "versions": {"python": platform.python_version()}
         | {module.__name__: module.__version__ for module in (torch, np, sklearn)},
         "threads": torch.get_num_threads(),
@@ -496,16 +501,20 @@ def open_run(args, script, source, start=0):
     return run, SummaryWriter(run, purge_step=start + 1)
 
 
-def git_revision():
-    """The commit this file is at, "-dirty" when it was changed since, "unknown" outside git."""
-    describe = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+def git_revision(script):
+    """The commit this file is at, "-dirty" when something was changed since or the script is in no
+    commit, "unknown" outside git."""
+
+    def git(*arguments):
+        options = dict(cwd=Path(__file__).parent, capture_output=True, text=True)
+        return subprocess.run(["git", *arguments], check=True, **options).stdout.strip()
+
     try:
-        found = subprocess.run(
-            describe, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-        )
+        commit = git("rev-parse", "HEAD")
+        changes = git("status", "--porcelain", "--untracked-files=no")
+        return f"{commit}-dirty" if changes or not git("ls-files", str(script)) else commit
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return found.stdout.strip()
 
 
 def replace(path, content):
@@ -569,8 +578,10 @@ def load_weights(model, state, path):
 def restore(args, model, optimizer):
     """Load the run of --resume into model and optimizer; returns the epochs it has done."""
     state, path = load_checkpoint(args.resume), Path(args.resume) / "checkpoint.pt"
-    if state["class"] != type(model).__name__:
-        raise UserError(f"{path}: holds a {state['class']}, not a {type(model).__name__}")
+    script = Path(inspect.getfile(type(model))).stem
+    if (state["script"], state["class"]) != (script, type(model).__name__):
+        of = f"{state['class']} of {state['script']}.py"
+        raise UserError(f"{path}: holds a {of}, not a {type(model).__name__} of {script}.py")
     load_weights(model, state, path)
     capturable = optimizer.param_groups[0]["capturable"]  # the device's, which may be another
     try:

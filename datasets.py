@@ -2,7 +2,8 @@
 
 `load` returns a `Data`: two `Split`s, the modalities, and one sentence on where the data came from.
 A split stays as it was read (uint8 images, integer tokens, float features); a batch is an index
-into it, converted to float on the device. To add your own data, add an entry to LOADERS.
+into it, converted to float on the device. To add your own data for all scripts, add an entry to
+LOADERS and one to SETTINGS.
 """
 
 import collections
@@ -193,9 +194,10 @@ def weighted(modalities, weights):
     """The modalities with the likelihood weights λ that --weights names, as "image=1,label=50"."""
     by_name = {m.name: m for m in modalities}
     for part in weights.split(","):
-        name, _, weight = part.partition("=")
+        name, _, text = part.partition("=")
         try:
-            by_name[name] = dataclasses.replace(by_name[name], weight=float(weight))
+            weight = float(text)
+            by_name[name] = dataclasses.replace(by_name[name], weight=weight)
         except KeyError:
             known = ", ".join(by_name)
             raise UserError(f"--weights {weights}: {name!r} is none of {known}") from None
@@ -956,14 +958,16 @@ def tensor_file(args):
             kind = dict(likelihood="categorical", categories=1 + most, network="mlp")
         else:
             shape = f"{path}: train/{name} is {a.shape}"
-            require(a.ndim > 1, f"{shape}, must be (N, …); a class is int64")
+            require(a.ndim > 1, f"{shape} {a.dtype}, must be (N, …), or int64 if it is a class")
             image = a.ndim == 4 or (a.ndim == 3 and a.dtype == np.uint8)
             fits = not image or (a.ndim == 4 and a.shape[1] in (1, 3))
             require(fits, f"{shape}, images must be (N, 1 or 3, height, width)")
             kind = dict(scale=1.0, likelihood="normal") if a.dtype == np.float32 else {}
             kind["network"] = "conv" if image else "mlp"
         modalities.append(Modality(name, a.shape[1:], **kind))
-    return from_tensors(*zip(parts, labels, strict=True), modalities, path)
+    which = hashlib.blake2b(Path(path).read_bytes(), digest_size=4).hexdigest()
+    source = f"{Path(path).name}, {which}"
+    return from_tensors(*zip(parts, labels, strict=True), modalities, source)
 
 
 # Own data are one more entry: a function of the options that returns a Data.

@@ -679,6 +679,8 @@ BY_SUBSET = (
     "log_weight_variance/log_likelihood/",
 )
 PAPERS = Path(__file__).parent / "results" / "papers.json"
+# Options of the data, by which runs of different scripts are told apart, too.
+OF_DATA = ("supervision", "keep", "pairings", "data_seed", "weights")
 # Options that are not among a result's "options": where and how a run ran, and what stands beside.
 CIRCUMSTANCES = {"cache_dir", "checkpoint_every", "compile", "data_dir", "device", "download"}
 CIRCUMSTANCES |= {"eval_every", "no_eval", "resume", "runs_dir", "dataset", "epochs", "seed"}
@@ -722,13 +724,16 @@ def settings_of(results):
 
 def groups(runs, apart=()):
     """{label: the results of runs of equal settings}, the label being the script and those of its
-    settings, but for the options `apart`, in which its runs differ."""
-    by_label = defaultdict(list)
-    for results in runs:
-        settings = [settings_of(other) for other in runs if other["script"] == results["script"]]
-        own = settings_of(results)
-        differ = {k for k in own if any(other.get(k) != own[k] for other in settings)}
-        label = [f"{results['script']}.py"]
+    settings, but for the options `apart`, in which its runs differ, of the data all runs."""
+    settings, by_label = [(r["script"], settings_of(r)) for r in runs], defaultdict(list)
+    for results, (script, own) in zip(runs, settings, strict=True):
+        differ = {
+            k
+            for other, theirs in settings
+            for k in own
+            if (k in OF_DATA or other == script) and theirs.get(k) != own[k]
+        }
+        label = [f"{script}.py"]
         for k in sorted(differ.difference(apart)):
             if k in PROTOCOL and own[k] is not None:
                 label.append(f"({own[k]} {k.replace('_', ' ')})")
@@ -870,11 +875,14 @@ def draw_curves(path, runs, against):
             axis.locator_params(axis="x", nbins=4)
         if shares:
             axis.set_xscale("log")
+            ticks = sorted({x for points in lines.values() for x, *_ in points})
+            axis.set_xticks(ticks, [f"{x:g}" for x in ticks])
+            axis.minorticks_off()
         axis.set_xlabel(names[against])
         axis.set_title(title, fontsize=10)
         axis.grid(alpha=0.3)
     if shares:
-        axes[0, 0].set_ylim(bottom=0)
+        axes[0, 0].set_ylim(0, 1.04 * axes[0, 0].get_ylim()[1])
     handles, labels = axes[0, 0].get_legend_handles_labels()
     fitting = int(size[0] / (0.5 + 0.08 * max(map(len, labels))))  # an entry's inches, about
     figure.legend(handles, labels, loc="outside lower center", ncols=max(1, fitting))
@@ -893,7 +901,7 @@ def report(
     facts = json.loads((run / "args.json").read_text())
     results = {
         "script": Path(inspect.getfile(type(model))).stem,
-        "dataset": args.dataset,
+        "dataset": Path(args.dataset).name,
         "source": data.source,
         "epochs": args.epochs,
         "seed": args.seed,
@@ -1021,7 +1029,8 @@ def require_alike(files, options):
     of_one = set()
     for run, content in files.items():
         facts = content if isinstance(content, dict) else read_facts(run)
-        of_one.add((facts["source"], facts.get("dataset", facts["options"].get("dataset"))))
+        dataset = facts.get("dataset") or Path(facts["options"]["dataset"]).name
+        of_one.add((dataset, facts["source"]))
         if options.against not in ("inputs", *facts["options"]):
             raise UserError(f"--against {options.against}: {run} does not say what it had there")
     if options.figure and len(of_one) > 1:
@@ -1031,6 +1040,8 @@ def require_alike(files, options):
 def with_data(run, model, modalities, args, options):
     """(model, data, args) of a loaded run, model and folders being where the options have them."""
     args.data_dir = options.data_dir or args.data_dir
+    if options.data_dir and args.dataset.endswith(".npz"):
+        args.dataset = str(Path(options.data_dir) / Path(args.dataset).name)
     args.cache_dir = options.cache_dir or args.cache_dir
     data = datasets.load(args)
     if data.modalities != modalities:
@@ -1061,7 +1072,8 @@ def draw_side_by_side(options, seed=0):
         device = next(model.parameters()).device
         x, _ = examples(data.test.to(device), max(4, 24 // len(runs)), seed)
         torch.manual_seed(seed)
-        title = type(model).__name__
+        title, script = type(model).__name__, Path(inspect.getfile(type(model))).stem
+        title = title if title.lower() == script else script
         title = f"{title}, {run}" if title in columns else title
         columns[title] = rows_from(model.eval(), x, data.modalities[names.index(given)])
     draw_grid(options.side_by_side, columns, scale=0.5)
@@ -1072,6 +1084,8 @@ def compare(runs, options):
     by_data = defaultdict(list)
     for results in runs:
         by_data[results["dataset"], results["source"]].append(results)
+    if options.figure:  # before a reader of the tables goes away
+        draw_curves(options.figure, runs, options.against)
     if options.json:
         names = ("dataset", "source")
         found = [dict(zip(names, key)) | statistics(members) for key, members in by_data.items()]
@@ -1079,8 +1093,6 @@ def compare(runs, options):
     elif len(runs) > 1 or options.markdown or options.runs[0].endswith(".json"):
         for (dataset, source), members in by_data.items():
             print(f"{dataset}: {source}\n\n{comparison(members, options.markdown)}")
-    if options.figure:
-        draw_curves(options.figure, runs, options.against)
 
 
 if __name__ == "__main__":

@@ -213,13 +213,13 @@ def mixture_of(mu, logvar, weights):
 
 
 def stratified(weights):
-    """A component for each example, (B,) from (S, B): drawn evenly over the batch, so that where
-    all have S components each gets B / S examples but for rounding, at random places."""
+    """A component for each example, (B,) from weights (S, B): drawn evenly over the batch, so that
+    where all have the same weights each component gets its share of the B examples but for
+    rounding, at random places."""
     B = weights.shape[1]
     place = torch.randperm(B, device=weights.device) + torch.rand((), device=weights.device)
-    available = (weights > 0).cumsum(0)  # (S, B), from 1 to the number of components
-    nth = (place / B * available[-1]).long().clamp(max=available[-1] - 1)
-    return (available <= nth).sum(0)
+    upper = weights.cumsum(0)  # an example draws the first component whose bound is above its place
+    return (upper <= upper[-1] * (place / B).clamp(max=1 - 1e-6)).sum(0)
 
 
 # ----------------------------------------------------------------------------------- training
@@ -249,6 +249,7 @@ def main(argv=None):
     streamed = common.Streams(model) if train.streams else model
     fast_model = common.accelerate(streamed, args, device, world)
     batch_size = args.batch_size // world
+    names = ["objective", "kl", *(f"log_px/{m.name}" for m in data.modalities)]
 
     def update(rows):
         x, observed = train.batch(rows)
@@ -258,10 +259,9 @@ def main(argv=None):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        return torch.stack([-loss.detach(), *terms.values()])
+        return torch.stack([-loss.detach(), *(terms[name] for name in names[1:])])
 
     update = common.capture(update, args, device, world)
-    names = ["objective", "kl", *(f"log_px/{m.name}" for m in data.modalities)]
     start = common.restore(args, model, optimizer) if args.resume else 0
     run, writer = common.open_run(args, __file__, data.source, start) if rank == 0 else (None, None)
     saved = 0.0

@@ -266,6 +266,7 @@ def main(argv=None):
     # Algorithm 1: a step has a batch of complete tuples and one of each modality alone.
     fast_model = common.accelerate(common.Streams(model), args, device, world)
     batch_size = args.batch_size // world
+    names = ["objective", "kl", *(f"log_px/{m.name}" for m in data.modalities)]
 
     def update(rows):
         x, observed = train.batch(rows)
@@ -275,10 +276,9 @@ def main(argv=None):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        return torch.stack([-loss.detach(), *terms.values()])
+        return torch.stack([-loss.detach(), *(terms[name] for name in names[1:])])
 
     update = common.capture(update, args, device, world)
-    names = ["objective", "kl", *(f"log_px/{m.name}" for m in data.modalities)]
     start = common.restore(args, model, optimizer) if args.resume else 0
     run, writer = common.open_run(args, __file__, data.source, start) if rank == 0 else (None, None)
     saved = 0.0

@@ -227,7 +227,7 @@ def circumstances(device):
         "machine": torch.cuda.get_device_name() if device.type == "cuda" else processor(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "git": common.git_revision(),
+        "git": common.git_revision(__file__),
     }
 
 

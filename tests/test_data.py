@@ -423,6 +423,7 @@ def test_weights_are_those_of_the_option(tmp_path):
     assert weights("label=0,image=2.5") == [2.5, 0.0]
     for text, fragment in (
         ("text=1", "'text' is none of image, label"),
+        ("image:1", "must be NAME=NUMBER"),
         ("label", "must be NAME=NUMBER"),
         ("label=1,image=-1", "at least 0"),
         ("label=nan", "at least 0"),
@@ -936,10 +937,21 @@ def test_a_files_arrays_become_modalities(tmp_path):
         "sound": ("normal", (7,), 0),
         "word": ("categorical", (4,), 5),
     }
-    assert len(data.train) == 24 and len(data.test) == 12 and data.source == str(path)
+    assert len(data.train) == 24 and len(data.test) == 12
     big = {key: a.astype(a.dtype.newbyteorder(">")) for key, a in arrays().items()}
     np.savez(path, **big)
     assert datasets.load(options(tmp_path, dataset=str(path))).modalities == data.modalities
+
+
+def test_a_file_is_known_by_its_content(tmp_path, monkeypatch):
+    def source(path, **changed):
+        np.savez(path, **arrays(**changed))
+        return datasets.load(options(tmp_path, dataset=str(path))).source
+
+    first, path = source(tmp_path / "own.npz"), tmp_path / "there" / "own.npz"
+    path.parent.mkdir()
+    assert first.startswith("own.npz, ") and source(path) == first
+    assert source(path, **{"test/labels": np.zeros(12, int)}) != first
 
 
 @pytest.mark.parametrize(

@@ -909,6 +909,13 @@ def test_mistakes_in_a_comparison_are_one_line(tmp_path, capsys):
         fails(argv, f"{argv[1]} {value}: needs the folder of a run")
 
 
+def test_what_is_of_the_data_tells_runs_of_different_scripts_apart():
+    few = made("svae", supervision=0.2, beta=0.5)
+    labels = ["mopoe.py --supervision 1.0", "svae.py --supervision 0.2"]
+    assert [*evaluate.groups([made(), few])] == labels
+    assert [*evaluate.groups([made(), few], ["supervision"])] == ["mopoe.py", "svae.py"]
+
+
 def test_a_run_that_is_named_twice_counts_once(tmp_path, capsys):
     evaluate.main(2 * write(tmp_path, made()))
     assert "±" not in capsys.readouterr().out

@@ -346,6 +346,20 @@ def test_each_subset_gets_its_share_of_a_batch(B):
         assert (share - n / 31).abs().max() < 4.5 * error
 
 
+def test_unequal_weights_get_their_shares_of_a_batch():
+    """As a fork may have them; the examples differ in what they weigh."""
+    weights = torch.tensor([[0.5, 0.0], [0.125, 0.75], [0.375, 0.25]]).repeat(1, 8)
+    torch.manual_seed(0)
+    draws = torch.stack([mopoe.stratified(weights) for _ in range(4000)])
+    for half in (0, 1):
+        counts = torch.stack([(draws[:, half::2] == k).sum(1) for k in range(3)], 1)
+        shares = weights[:, half]
+        error = (8 * 4000 * shares * (1 - shares)) ** 0.5
+        assert ((counts.sum(0) - 8 * 4000 * shares).abs() <= 4.5 * error).all()
+    same = torch.stack([mopoe.stratified(weights[:, ::2]) for _ in range(100)])
+    assert all((same == k).sum(1).eq(8 * weights[k, 0]).all() for k in range(3))
+
+
 def test_stratified_draws_available_components_only():
     torch.manual_seed(0)
     available = torch.rand(31, 64) < 0.2

@@ -567,7 +567,7 @@ def test_seeds_made_of_different_numbers_differ():
 
 
 @every_script
-def test_only_epochs_and_device_may_differ_on_resumption(script, tmp_path, capsys):
+def test_what_may_differ_on_resumption(script, tmp_path, capsys):
     path = run(script, tmp_path, "--no-eval", "--epochs", "2")
     capsys.readouterr()
     for options, fragments in (
@@ -581,6 +581,66 @@ def test_only_epochs_and_device_may_differ_on_resumption(script, tmp_path, capsy
         one_line(capsys, *fragments)
     resume(script, path, "--beta", "1.0", "--device", "cpu")  # the same value is no difference
     assert "all 2 epochs are done; --epochs N goes on to more" in capsys.readouterr().out
+    elsewhere = ["--data-dir", "elsewhere", "--cache-dir", str(tmp_path / "cache"), "--no-eval"]
+    resume(script, path, *elsewhere)
+
+
+def test_a_fork_does_not_go_on_with_a_run_of_the_original(finished, tmp_path, capsys):
+    path = Path(shutil.copytree(finished["mopoe"], tmp_path / "run"))
+    state = torch.load(path / "checkpoint.pt") | {"script": "mymopoe"}
+    torch.save(state, path / "checkpoint.pt")
+    with pytest.raises(SystemExit) as stop:
+        resume("mopoe", path, "--epochs", "2")
+    assert stop.value.code == 2
+    one_line(capsys, "holds a MoPoE of mymopoe.py, not a MoPoE of mopoe.py")
+
+
+def test_a_script_that_could_not_be_imported_is_not_trained(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(tiny.add_to("mopoe"), "__file__", "my-mopoe.py")
+    assert run("mopoe", tmp_path, expect=2) is None
+    one_line(capsys, "my-mopoe.py: evaluate.py imports it, so its name must be a Python word")
+
+
+@every_script
+def test_the_log_is_by_name(script, tmp_path, monkeypatch):
+    """A fork may give its terms in any order, and more of them."""
+    module, logs = tiny.add_to(script), []
+    (method,) = (
+        c
+        for c in vars(module).values()
+        if getattr(c, "__module__", "") == script and hasattr(c, "objective")
+    )
+    forward = method.forward
+
+    def other(model, *batch):
+        value, terms = forward(model, *batch)
+        return value, {"more": value.mean()} | dict(reversed(terms.items()))
+
+    for i, method.forward in enumerate((forward, other)):
+        path = run(script, tmp_path / str(i), "--no-eval", "--epochs", "1")
+        (row,) = csv.DictReader((path / "metrics.csv").read_text().splitlines())
+        logs.append({name: n for name, n in row.items() if name != "tuples_per_second"})
+    assert logs[0] == logs[1]
+
+
+def test_the_revision_says_what_is_in_no_commit(tmp_path, monkeypatch):
+    def git(*arguments):
+        identity = ["-c", "user.name=x", "-c", "user.email=x@y"]
+        subprocess.run(["git", *identity, *arguments], cwd=tmp_path, check=True)
+
+    original, fork = tmp_path / "common.py", tmp_path / "fork.py"
+    monkeypatch.setattr(common, "__file__", str(original))
+    original.write_text("")
+    assert common.git_revision(original) == "unknown"
+    git("init", "--quiet")
+    git("add", "common.py")
+    git("commit", "--quiet", "--message", "x")
+    fork.write_text("")
+    commit = common.git_revision(original)
+    assert re.fullmatch("[0-9a-f]{40}", commit)
+    assert common.git_revision(fork) == commit + "-dirty"
+    original.write_text("x = 1")
+    assert common.git_revision(original) == commit + "-dirty"
 
 
 # ------------------------------------------------------------------------ damaged checkpoints
