@@ -467,7 +467,9 @@ def open_run(args, script, source, start=0):
     """
     print(f"{args.dataset}: {source}", flush=True)
     if not Path(script).stem.isidentifier():
-        raise UserError(f"{script}: evaluate.py imports it, so its name must be a Python word")
+        raise UserError(
+            f"{script}: evaluate.py imports it, so its name must be a Python identifier"
+        )
     if args.resume:
         run = Path(args.resume)
         before = read_facts(run, "--resume ")["source"]

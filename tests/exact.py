@@ -10,7 +10,7 @@ import itertools
 
 import pytest
 import torch
-from torch.distributions import MultivariateNormal
+from torch.distributions import MultivariateNormal, Normal
 
 import common
 import evaluate
@@ -60,6 +60,16 @@ def log_p(model, x):
     W, b = torch.cat(W), torch.cat(b)
     covariance = W @ W.T + torch.diag(torch.cat(variances)).to(W)
     return MultivariateNormal(b, covariance).log_prob(torch.cat(values, -1))
+
+
+def elbo_in_closed_form(model, x, mu, logvar):
+    """E_q[Σ log p(x_i|z)] - KL(q || p) for q = N(mu, var) and the linear-Gaussian likelihoods."""
+    value = -common.gaussian_kl(mu, logvar)
+    for m, decoder in zip(model.modalities, model.decoders, strict=True):
+        W, b = decoder.net[0].weight, decoder.net[0].bias
+        at_mean = Normal(mu @ W.T + b, m.scale).log_prob(x[m.name]).sum(-1)
+        value = value + at_mean - (logvar.exp() @ W.square().sum(0)) / (2 * m.scale**2)
+    return value
 
 
 def sample_x(model, B):

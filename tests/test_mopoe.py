@@ -6,6 +6,7 @@ import torch
 from exact import (
     MASKS,
     SCALE,
+    elbo_in_closed_form,
     importance_sampled,
     log_p,
     mean_and_error,
@@ -61,16 +62,6 @@ def test_bound_is_tight_with_the_exact_posterior(float64, kl):
     x = repeat(sample_x(model, 1), 20_000)
     mean, error = mean_and_error(model(x)[0])
     assert mean == pytest.approx(log_p(model, x)[0].item(), abs=4 * error + 1e-9)
-
-
-def elbo_in_closed_form(model, x, mu, logvar):
-    """E_q[Σ log p(x_i|z)] - KL(q || p) for q = N(mu, var) and the linear-Gaussian likelihoods."""
-    value = -gaussian_kl(mu, logvar)
-    for m, decoder in zip(model.modalities, model.decoders, strict=True):
-        W, b = decoder.net[0].weight, decoder.net[0].bias
-        at_mean = Normal(mu @ W.T + b, m.scale).log_prob(x[m.name]).sum(-1)
-        value = value + at_mean - (logvar.exp() @ W.square().sum(0)) / (2 * m.scale**2)
-    return value
 
 
 @pytest.mark.parametrize("expectation", ["stratified", "all"])

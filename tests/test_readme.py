@@ -17,7 +17,7 @@ README = (ROOT / "README.md").read_text()
 RESULTS = (ROOT / "results" / "README.md").read_text()
 SCRIPTS = ("mvae", "mmvae", "mopoe", "svae", "vaevae")
 
-TRAINED, FILE, FORK = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+TRAINED, FILE, FORK, TEST = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 def python(folder, *arguments):
@@ -43,9 +43,19 @@ def test_the_fork_of_readme_trains_and_evaluates(tmp_path):
     assert python(tmp_path, "evaluate.py", f"runs/{run.name}") == out.split("run:")[0]
     assert (run / "results.json").read_text() == results
     trained = TRAINED.replace("runs/RUN", f"runs/{run.name}").replace('"m1"', '"left"')
-    assert python(tmp_path, "-c", trained + "print(images['right'].shape)").endswith(
+    assert python(tmp_path, "-c", trained + "print(x['right'].shape)").endswith(
         "torch.Size([8, 1, 8, 4])\n"
     )
+
+    for file in ("exact.py", "conftest.py"):
+        (tmp_path / "tests").mkdir(exist_ok=True)
+        shutil.copy(ROOT / "tests" / file, tmp_path / "tests")
+    (tmp_path / "tests" / "test_mymopoe.py").write_text(TEST)
+    assert "1 passed" in python(tmp_path, "-m", "pytest", "-q", "tests/test_mymopoe.py")
+    fork = (tmp_path / "mymopoe.py").read_text()
+    (tmp_path / "mymopoe.py").write_text(fork.replace("kl = (weights", "kl = (2 * weights"))
+    failing = [sys.executable, "-m", "pytest", "-q", "tests/test_mymopoe.py"]
+    assert subprocess.run(failing, cwd=tmp_path, capture_output=True, check=False).returncode == 1
 
 
 def test_the_file_of_readme_trains(tmp_path):

@@ -598,7 +598,7 @@ def test_a_fork_does_not_go_on_with_a_run_of_the_original(finished, tmp_path, ca
 def test_a_script_that_could_not_be_imported_is_not_trained(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(tiny.add_to("mopoe"), "__file__", "my-mopoe.py")
     assert run("mopoe", tmp_path, expect=2) is None
-    one_line(capsys, "my-mopoe.py: evaluate.py imports it, so its name must be a Python word")
+    one_line(capsys, "my-mopoe.py: evaluate.py imports it, so its name must be a Python identifier")
 
 
 @every_script
