@@ -791,6 +791,22 @@ def test_a_run_says_where_its_data_are_no_longer_those_it_was_trained_on(
     one_line(capsys, "was trained on something else, here is made for tests")
 
 
+def test_an_own_file_may_be_moved(tmp_path, capsys):
+    arrays, old, new = {}, tmp_path / "own.npz", tmp_path / "there" / "own.npz"
+    for part, n in (("train", 200), ("test", 60)):
+        tensors, labels = tiny.tuples(n, n)
+        arrays |= {f"{part}/{name}": t.numpy() for name, t in tensors.items()}
+        arrays[f"{part}/labels"] = labels.numpy()
+    np.savez(old, **arrays)
+    small = ["--dataset", str(old), "--no-eval", "--epochs", "1", "--batch-size", "16"]
+    path = run("mopoe", tmp_path, *small)
+    new.parent.mkdir()
+    old.rename(new)
+    evaluate.main([str(path), "--data-dir", str(new.parent)])
+    assert json.loads((path / "results.json").read_text())["dataset"] == "own.npz"
+    assert "was trained on" not in capsys.readouterr().err
+
+
 def test_a_run_is_not_evaluated_on_other_modalities(finished, capsys, monkeypatch):
     changed = [dataclasses.replace(m, scale=0.1) for m in tiny.MODALITIES]
     monkeypatch.setattr(tiny, "MODALITIES", changed)
