@@ -445,6 +445,7 @@ def test_the_table_of_mopoe_on_faces_is_that_of_results():
 
 def test_the_tables_of_mopoe_on_a_gpu_are_those_of_results():
     runs = {"300 epochs": "polymnist-300__*.json", "20 epochs": "polymnist-h200__*.json"}
+    runs["20 epochs, seed 1, on a CPU core"] = "polymnist-seed__*.json"
     for label, pattern in runs.items():
         found = {metric: rows["mopoe.py"] for metric, rows in measured(pattern).items()}
         joint = f"{found[JOINT[0]][JOINT[1]][0]:.1f}"
