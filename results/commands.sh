@@ -74,6 +74,8 @@ python evaluate.py results/polymnist__mopoe__0.json results/polymnist-beta__*.js
 run_full polymnist-seed__mopoe__1 mopoe --dataset polymnist --beta 2.5 --seed 1 --amp --epochs 20
 run_full polymnist-batch__mopoe__0 mopoe --dataset polymnist --beta 2.5 --batch-size 1024 --lr 2e-3 \
     --amp --epochs 20
+run_full polymnist-batch-50__mopoe__0 mopoe --dataset polymnist --beta 2.5 --batch-size 1024 --lr 2e-3 \
+    --amp --epochs 50
 run polymnist-singletons__mopoe__0 mopoe --dataset polymnist --beta 2.5 --subsets singletons --amp \
     --epochs 20
 # Backgrounds that are five mosaics of 64 faces each.
