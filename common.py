@@ -355,9 +355,9 @@ def parser(description, defaults):
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto prefers cuda")
     add("--runs-dir", metavar="DIR", default="runs", help="where the run's own folder is made")
     about = (
-        "go on with this run; only --epochs, --device, folders of data and cache, and --no-eval "
+        "go on with this run; only --epochs, --device, --data-dir, --cache-dir and --no-eval may "
     )
-    about += "may differ (default: a new run)"
+    about += "differ (default: a new run)"
     add("--resume", metavar="RUN", default="", help=about)
     seconds, about = number(float, 0, 1e9), "least time between checkpoints; the last epoch has one"
     add("--checkpoint-every", metavar="SECONDS", type=seconds, default=60.0, help=about)
@@ -467,9 +467,7 @@ def open_run(args, script, source, start=0):
     """
     print(f"{args.dataset}: {source}", flush=True)
     if not Path(script).stem.isidentifier():
-        raise UserError(
-            f"{script}: evaluate.py imports it, so its name must be a Python identifier"
-        )
+        raise UserError(f"{script}: its name must be a Python identifier, for evaluate.py")
     if args.resume:
         run = Path(args.resume)
         before = read_facts(run, "--resume ")["source"]

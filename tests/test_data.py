@@ -943,7 +943,7 @@ def test_a_files_arrays_become_modalities(tmp_path):
     assert datasets.load(options(tmp_path, dataset=str(path))).modalities == data.modalities
 
 
-def test_a_file_is_known_by_its_content(tmp_path, monkeypatch):
+def test_a_file_is_known_by_its_content(tmp_path):
     def source(path, **changed):
         np.savez(path, **arrays(**changed))
         return datasets.load(options(tmp_path, dataset=str(path))).source
