@@ -354,10 +354,8 @@ def parser(description, defaults):
     add("-h", "--help", action="help", help="show this page, with the defaults of --dataset")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto prefers cuda")
     add("--runs-dir", metavar="DIR", default="runs", help="where the run's own folder is made")
-    about = (
-        "go on with this run; only --epochs, --device, --data-dir, --cache-dir and --no-eval may "
-    )
-    about += "differ (default: a new run)"
+    about = "go on with this run; only --epochs, --device, --data-dir, --cache-dir and --no-eval"
+    about += " may differ (default: a new run)"
     add("--resume", metavar="RUN", default="", help=about)
     seconds, about = number(float, 0, 1e9), "least time between checkpoints; the last epoch has one"
     add("--checkpoint-every", metavar="SECONDS", type=seconds, default=60.0, help=about)
