@@ -14,15 +14,16 @@ joint coherence 56 %; latent accuracy 87 to 90 %.
 With w_m^k = p(z_m^k, x) / q(z_m^k|x) and z_m^k ~ q_m, k = 1 … K, `--objective` is one of
     elbo          mean of log w, Eq. (1)
     iwae          1/M Σ_m log 1/K Σ_k w_m^k, Eq. (3), the paper's own, looser bound
-    iwae-tight    log of the mean of all weights, Eq. (5) of the supplement
-    dreg          iwae with the published doubly reparametrised gradient, Eq. (8); biased for M > 1,
-                  since samples come from q_m while the density in w is the mixture's
-    dreg-tight    the same for iwae-tight
+    iwae-tight    log of the mean of all M K weights, Eq. (5) of the supplement
+    dreg          iwae with the published doubly reparametrised gradient, Eq. (8); biased for M > 1
+                  and K > 1: with weights normalised for each expert on its own the scores that it
+                  leaves out, the mixture's at samples of q_m, no longer cancel over m
+    dreg-tight    the same for iwae-tight, where samples of each expert leave it biased for M > 1
     dreg-mixture  iwae with the unbiased gradient derived in `doubly_reparametrised`
     elbo-is       elbo with component KLs, M decodings in place of M² (supplement, App. B); its
                   variance is finite only while no expert's scale is √2 (Laplace: 2) times another's
 The value is always the bound itself, whatever the gradient; as K grows only iwae-tight rises to
-log p(x), iwae to 1/M Σ_m log E_q_m[w], which is less.
+log p(x), iwae to 1/M Σ_m log E_q_m[w], which is at most that.
 """
 
 import argparse
@@ -40,7 +41,7 @@ import datasets
 import evaluate
 from common import UserError, bounded, decoder, encoder, hide, likelihood, log_mean_exp
 
-# As Sutter et al. 2021 compare it (App. B.1): Gaussians and no importance samples.
+# As Sutter et al. 2021 compare it (App. B, B.1): Gaussians and no importance samples.
 COMPARED = dict(distribution="normal", scales="free", objective="elbo", K=1)
 # As in its own paper: Laplace, scales that sum to D, DReG on the looser bound, AMSGrad.
 SHI = dict(distribution="laplace", scales="sum", learn_prior=True, objective="dreg", amsgrad=True)
@@ -65,12 +66,15 @@ def arguments(argv):
     add("--private-dim", type=dimension, default=0, help=about)
     add("--objective", choices=OBJECTIVES, default="iwae", help="bound and gradient, see above")
     add("--K", type=common.number(int, 1, 10**6), default=30, help="samples of each expert")
-    about = "elbo: the mixture's KL by sampling, or the mean of the experts' in closed form"
+    about = (
+        "elbo: the mixture's KL by sampling, or the mean of the experts'; elbo-is has the latter"
+    )
     add("--kl", choices=["mixture", "components"], default="mixture", help=about)
     add("--distribution", choices=["laplace", "normal"], default="laplace", help="prior, experts")
     about = "scales that sum to their number by a softmax, or exp of half the network's output"
     add("--scales", choices=["sum", "free"], default="sum", help=about)
-    switch, about = argparse.BooleanOptionalAction, "learn the prior's scales, which sum to D"
+    switch = argparse.BooleanOptionalAction
+    about = "learn the scales of the prior's shared part, which sum to their number"
     add("--learn-prior", action=switch, default=False, help=about)
     add("--amsgrad", action=switch, default=False, help="Adam with AMSGrad, as in the paper")
     args = common.parse(p, argv, DEFAULTS)
@@ -103,9 +107,7 @@ class MMVAE(nn.Module):
         learn_prior=False,
     ):
         super().__init__()
-        if private_dim and objective in ("elbo-is", "dreg-mixture"):
-            raise UserError(f"--objective {objective}: is not defined with --private-dim")
-        if kl == "components" and objective != "elbo":
+        if kl == "components" and objective not in ("elbo", "elbo-is"):
             raise UserError(f"--kl components: belongs to --objective elbo, not {objective}")
         self.modalities = modalities
         self.latent_dim, self.private_dim = latent_dim, private_dim

@@ -87,6 +87,35 @@ def mean_and_error(values):
     return values.mean().item(), (values.std() / len(values) ** 0.5).item()
 
 
+def encoder_parameters(model):
+    return [p for e in model.encoders for p in e.parameters()]
+
+
+def mean_gradient(model, x, chunks=40, size=1000):
+    """Gradient of the encoders' parameters, its mean over chunks and its standard error."""
+    rows = repeat(x, size)
+    found = []
+    for _ in range(chunks):
+        gradient = torch.autograd.grad(model(rows)[0].mean(), encoder_parameters(model))
+        found.append(torch.cat([g.flatten() for g in gradient]))
+    found = torch.stack(found)
+    return found.mean(0), found.std(0) / chunks**0.5
+
+
+def distance(one, other):
+    """The largest difference of two estimated gradients in standard errors."""
+    (a, error_a), (b, error_b) = one, other
+    return ((a - b).abs() / (error_a.square() + error_b.square()).sqrt()).max().item()
+
+
+def assert_equal_with_gradients(model, value, expected):
+    """Values (B,) of the same noise, and the gradients of all parameters."""
+    torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-12)
+    used = [p for p in model.parameters() if p.requires_grad]
+    slopes = [torch.autograd.grad(t.sum(), used, retain_graph=True) for t in (value, expected)]
+    torch.testing.assert_close(*slopes, rtol=1e-10, atol=1e-10)
+
+
 def five():
     """Five modalities, of every likelihood, and a batch of six tuples of them."""
     torch.manual_seed(3)

@@ -1,5 +1,7 @@
 """mopoe.py against exact log-likelihoods, hand-written objectives and counting."""
 
+import math
+
 import exact
 import pytest
 import torch
@@ -72,6 +74,30 @@ def test_component_objective_is_the_mean_of_the_subsets_elbos_in_closed_form(flo
     elbos = torch.stack([elbo_in_closed_form(model, x, *q) for q in zip(*subsets, strict=True)])
     mean, error = mean_and_error(model(repeat(x, 50_000))[0])
     assert mean == pytest.approx(elbos.mean().item(), abs=4 * error + 1e-9)
+
+
+@pytest.mark.parametrize("subsets", ["all", "singletons"])
+@pytest.mark.parametrize("expectation", ["stratified", "all"])
+@pytest.mark.parametrize("kl", ["components", "mixture"])
+def test_value_and_gradient_are_those_of_the_integral(float64, subsets, expectation, kl):
+    """Eq. (6) integrated over z, and with singletons and the mixture's KL Eq. (9)."""
+    model = exact_mopoe(D=1, widen=1.6, subsets=subsets, expectation=expectation, kl=kl)
+    x = sample_x(model, 1)
+    grid = torch.linspace(-12, 12, 2401)[:, None]
+    masks = subset_masks(3)[: 3 if subsets == "singletons" else 7]
+    mu, logvar = product_of_gaussians(*model.encode(x), masks)  # (S, 1, 1)
+    log_q = Normal(mu, torch.exp(0.5 * logvar)).log_prob(grid)[..., 0]  # (S, G)
+    log_mixture = torch.logsumexp(log_q, 0) - math.log(len(masks))
+    log_p = sum(p.log_prob(x[name]) for name, p in model.decode(grid).items())
+    ratio = model.prior().log_prob(grid) - (log_q if kl == "components" else log_mixture)
+    value = torch.trapezoid(log_q.exp() * (log_p + ratio), grid[:, 0]).mean()
+    gradient = torch.autograd.grad(value, exact.encoder_parameters(model))
+    gradient = torch.cat([g.flatten() for g in gradient])
+
+    mean, error = mean_and_error(model(repeat(x, 40_000))[0])
+    assert mean == pytest.approx(value.item(), abs=4 * error)
+    found = exact.mean_gradient(model, x)
+    assert exact.distance(found, (gradient, torch.zeros(()))) < 4.5
 
 
 def test_mixture_kl_is_tighter_and_component_kl_is_eq_5(float64, fixed_noise):
@@ -158,13 +184,14 @@ def by_hand(model, x, masks, z_noise):
 
 @pytest.mark.parametrize("subsets", ["all", "singletons", "full"])
 def test_special_cases_written_out_by_hand(float64, fixed_noise, subsets):
-    """Section 3.5: singletons are the MoE objective, Eq. (9), the full set the PoE's, Eq. (7)."""
+    """Section 3.5: the full set is the PoE objective, Eq. (7); singletons are the MoE's, Eq. (9),
+    but for the components' KLs in place of the mixture's."""
     model, x = five(subsets=subsets, expectation="all", beta=1.7)
     masks = {"all": subset_masks(5), "singletons": torch.eye(5), "full": torch.ones(1, 5)}
     masks = masks[subsets].bool().tolist()
     noise = torch.randn_like(torch.empty(len(masks), 6, 3))
     expected = by_hand(model, x, masks, noise)
-    torch.testing.assert_close(model(x)[0], expected, rtol=1e-12, atol=1e-12)
+    exact.assert_equal_with_gradients(model, model(x)[0], expected)
 
 
 def test_prior_expert_joins_the_full_set_only(float64):
@@ -290,7 +317,7 @@ def test_private_latents_are_eq_34_by_hand(float64, fixed_noise):
             p = torch.cat([z_c, z_s], -1)
             own = mopoe.likelihood(m, model.decoders[i](p)).log_prob(x[m.name])
             expected = expected + (m.weight * own - 2.0 * gaussian_kl(mu_s, logvar_s)) / 31
-    torch.testing.assert_close(model(x)[0], expected, rtol=1e-12, atol=1e-12)
+    exact.assert_equal_with_gradients(model, model(x)[0], expected)
 
 
 def test_private_latent_of_an_absent_modality_follows_its_prior(float64):
