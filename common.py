@@ -248,9 +248,8 @@ def command(main):
     @functools.wraps(main)
     def guarded(argv=None):
         try:
-            result = main(argv)
+            main(argv)
             sys.stdout.flush()
-            return result
         except UserError as error:
             fail(error)
         except torch.OutOfMemoryError:
@@ -271,19 +270,17 @@ def command(main):
     return guarded
 
 
-def number(kind, low, high=math.inf):
+def number(kind, low, high=10**9):
     """A `type` for argparse: an int or float in [low, high]."""
-    wanted = "a whole number" if kind is int else "a number"
-    limits = f"of at least {low}" if high == math.inf else f"from {low} to {high:,.10g}"
+    wanted = f"{'a whole number' if kind is int else 'a number'} from {low} to {high:,.10g}"
 
     def convert(text):
         try:
             value = kind(text)
-            fits = low <= value <= high and math.isfinite(value)
-        except (ValueError, OverflowError):  # a float has no room for an int of 400 digits
-            fits = False
-        if not fits:
-            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted} {limits}")
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
         return value
 
     return convert
@@ -477,16 +474,13 @@ def open_run(args, script, source, start=0):
         replace(run / "metrics.csv", "".join(rows[: start + 1]).encode())
     else:
         stamp = time.strftime("%Y%m%d-%H%M%S")
-        name = stem = f"{Path(args.dataset).stem}__{Path(script).stem}__{args.seed}__{stamp}"
-        for attempt in itertools.count(2):
-            run = Path(args.runs_dir) / name
-            try:
-                run.mkdir(parents=True)
+        stem = f"{Path(args.dataset).stem}__{Path(script).stem}__{args.seed}__{stamp}"
+        Path(args.runs_dir).mkdir(parents=True, exist_ok=True)
+        for n in itertools.count(1):
+            run = Path(args.runs_dir) / (stem if n == 1 else f"{stem}-{n}")
+            with contextlib.suppress(FileExistsError):
+                run.mkdir()
                 break
-            except FileExistsError:
-                if not Path(args.runs_dir).is_dir():
-                    raise
-                name = f"{stem}-{attempt}"
     facts = {
         "options": vars(args) | {"resume": ""},
         "source": source,
@@ -613,11 +607,9 @@ def epoch_row(epoch, names, log, began, tuples):
 
 def write_row(run, writer, row):
     """Append a row to run/metrics.csv and to the TensorBoard log."""
-    path = run / "metrics.csv"
-    fresh = not path.exists()
-    with open(path, "a", newline="") as file:
+    with open(run / "metrics.csv", "a", newline="") as file:
         table = csv.DictWriter(file, row.keys(), lineterminator="\n")
-        if fresh:
+        if file.tell() == 0:
             table.writeheader()
         table.writerow(row)
     for name, value in row.items():
@@ -710,22 +702,17 @@ def captures(args, device, world):
     return device.type == "cuda" and world == 1 and compiles(args, device)
 
 
-def capture(step, args, device, world):
-    """step(rows) as one CUDA graph, where `captures` says so."""
-    if not captures(args, device, world):
-        return step
-    # Adam warns of the three steps before the capture.
-    warnings.filterwarnings("ignore", ".*constructed with capturable=True")
-    return captured(step)
-
-
-def captured(step):
-    """step(rows) as one CUDA graph.
+def capture(step, on):
+    """step(rows), if `on` as one CUDA graph.
 
     The first three calls run as they are (they compile, and set up the optimiser's state), the
     fourth is captured, and from then on only `rows` is copied in and the graph replayed. What the
     step returns is overwritten by the next call.
     """
+    if not on:
+        return step
+    # Adam warns of the three steps before the capture.
+    warnings.filterwarnings("ignore", ".*constructed with capturable=True")
     graph, side, calls = torch.cuda.CUDAGraph(), torch.cuda.Stream(), itertools.count()
     static = {}
 
@@ -786,22 +773,9 @@ class LeadingDimensions(nn.Module):
 # classifier is shown a generated text.
 
 
-class OneHot(nn.Module):
-    """Integers (B, *shape) as a vector per example; anything else is only flattened."""
-
-    def __init__(self, modality):
-        super().__init__()
-        self.categories = modality.categories if modality.likelihood == "categorical" else 0
-
-    def forward(self, x):
-        if self.categories and not x.is_floating_point():
-            x = F.one_hot(x, self.categories).to(torch.get_default_dtype())
-        return x.flatten(1)
-
-
 class Symbols(nn.Module):
-    """Integers (B, L) as channels (B, categories, L) or, backwards, such channels as logits
-    (B, L, categories)."""
+    """Integers (B, *shape) as channels (B, categories, *shape) or, backwards, such channels as
+    logits (B, *shape, categories)."""
 
     def __init__(self, categories, backwards=False):
         super().__init__()
@@ -852,7 +826,8 @@ def perceptron(there=(), back=(), activation=nn.ReLU, last=nn.Identity):
 
     def encoder(modality, out_dim, hidden):
         widths = [math.prod(modality.parameter_shape), *there]
-        net = OneHot(modality), *hidden_layers(widths, activation)
+        symbols = [Symbols(modality.categories)] if modality.likelihood == "categorical" else []
+        net = *symbols, nn.Flatten(), *hidden_layers(widths, activation)
         if there and modality.parameter_shape == (modality.categories,):
             # A label is looked up, as in Wu and Goodman's released code: embeddings begin with the
             # classes further apart than a layer of so few inputs would.
@@ -924,10 +899,9 @@ def convolutions(
         widths = [latent_dim] + [hidden] * back + [math.prod(found[-1])]
         net = [*hidden_layers(widths, activation), nn.Unflatten(1, found[-1])]
         for i, (_, *geometry) in reversed(list(enumerate(layers))):
-            build = inner if i else lambda conv, *geometry, **padding: conv(*geometry, **padding)
+            build = functools.partial(inner, conv) if i else conv
             # Without what a stride leaves over, the way back would end smaller.
-            channels = found[i + 1][0], found[i][0]
-            net.append(build(conv, *channels, *geometry, output_padding=over[i]))
+            net.append(build(found[i + 1][0], found[i][0], *geometry, output_padding=over[i]))
         if modality.likelihood == "categorical":
             net.append(Symbols(modality.categories, backwards=True))
         return nn.Sequential(*net, last())
@@ -1009,7 +983,8 @@ residual = dict(inner=Residual, first=block(nn.Identity), dense=False, activatio
 # A family is a pair (encoder, decoder); own networks are one more entry.
 NETWORKS = {
     "linear": perceptron(),
-    # PolyMNIST and MNIST-SVHN-Text of Sutter et al. 2021, from the released code
+    # PolyMNIST and MNIST-SVHN-Text of Sutter et al. 2021, from the released code, where MNIST's
+    # decoder ends in a sigmoid and the text's has no ReLU behind its first layer
     "conv": convolutions((32, 3, 2, 1), (64, 3, 2, 1), (128, 3, 2, 1)),
     "mnist": perceptron((400,), (400,)),
     "svhn": convolutions(*halving(32, 64, 64), (128, 4, 2, 0), dense=False),
@@ -1027,7 +1002,7 @@ NETWORKS = {
         dense=False,
     ),
     # Kutuzova et al. 2021, Tables F.2 and F.7, which misprint it; the thirds' last kernel is 3
-    # high, since 2 would end at 8 rows
+    # high, since with 2 the ninth row would be the bias alone
     "split": (to_split, convolutions((28, (2, 4), 2, 0), *wide(3), back=True)[1]),
     "split-3": (to_split, convolutions((28, (3, 4), 2, 0), *wide(2), back=True)[1]),
     # Wu & Goodman 2018, supplement, in the widths of the released code

@@ -4,7 +4,7 @@
     python evaluate.py RESULTS.json...   only what the runs gave, side by side
 
 Through the models' public face only (prior, posterior, decode). The protocol is that of Sutter et
-al. 2021, App. B; where the released code differs, the text beside the metric says so.
+al. 2021, App. B; where it or the released code differs, the text beside the metric says so.
 """
 
 import argparse
@@ -47,7 +47,7 @@ from common import (
     Help,
     Modality,
     UserError,
-    captured,
+    capture,
     command,
     encoder,
     fail,
@@ -68,7 +68,7 @@ from common import (
 CHUNK = 200
 LATENT_TRAIN = 500  # tuples, App. B
 IMPORTANCE_SAMPLES = 15  # App. B; the released code has 12
-JOINT_SAMPLES = 10_000
+JOINT_SAMPLES = 10_000  # the released code has as many as there are test data
 TRUSTED = 97  # per cent on test data, from which a classifier's verdict is taken
 WATCHED = 1000  # training tuples that --eval-every looks at
 WHOLE = "whole"  # beside the modalities, the image that they make up as its strips
@@ -126,7 +126,8 @@ def representation(q):
 
 def agreement(logits, labels):
     """How well logits (N, C) name the labels: of classes (N,) the accuracy, of attributes (N, C)
-    the mean over them of the average precision."""
+    the mean over them of the average precision, by scores and over all N; the released code has it
+    of 0 and 1, batch by batch, which is another number."""
     if labels.ndim == 1:
         return (logits.argmax(-1) == labels).double().mean().item()
     there = labels.any(0)
@@ -158,7 +159,7 @@ def train_classifier(net, seen, split, steps=2000, batch_size=128):
         loss.backward()
 
     net.train()
-    gradients = captured(gradients) if on_gpu else gradients
+    gradients = capture(gradients, on_gpu)
     for _ in range(steps):
         gradients(torch.randint(len(split), (batch_size,), device=device))
         optimizer.step()
@@ -185,7 +186,9 @@ def classifiers(train, test, modalities, strips, cache_dir):
     labels of the test data}."""
     device, accuracy = train.labels.device, {}
     classes = train.labels.shape[1] if train.labels.ndim == 2 else int(train.labels.max()) + 1
-    kinds = {m.name: (lambda m=m: encoder(m, classes), itemgetter(m.name)) for m in modalities}
+    # One attribute alone does not tell the others; `symbol_metrics` says whether it is right.
+    judged = [m for m in modalities if train.labels.ndim == 1 or m.shape != (1,)]
+    kinds = {m.name: (lambda m=m: encoder(m, classes), itemgetter(m.name)) for m in judged}
     if strips:
         kinds[WHOLE] = (lambda: resnet18(modalities[0].shape[0], classes)), whole
     named = {}
@@ -210,7 +213,8 @@ def classifiers(train, test, modalities, strips, cache_dir):
 
 def latent_accuracy(model, train, test, tuples=LATENT_TRAIN, seed=0):
     """Accuracy of a linear classifier of every subset's latent representation, learnt from so many
-    training tuples; of attributes the mean of their average precisions."""
+    training tuples; of attributes the mean of their average precisions, as in `agreement`. Private
+    latents are part of it, in the released code they are not."""
     rng = np.random.default_rng(seed)
     rows = torch.from_numpy(rng.choice(len(train), min(tuples, len(train)), replace=False))
     rows = rows.to(train.labels.device)
@@ -251,7 +255,8 @@ def conditional_coherence(model, named, test, seed=0):
     """How often a modality generated from a sample of a subset's posterior shows the tuple's class:
     {subset: {target: share}}, given modalities counting as targets too; of attributes the mean of
     their average precisions. named as `classifiers` has it, of each modality and maybe of the image
-    that they make up."""
+    that they make up. The released code draws all private latents from the prior; here those of
+    what is given are its own."""
     coherence = {}
     for subset in subsets_of(model.modalities):
         torch.manual_seed(seed)
@@ -269,7 +274,7 @@ def conditional_coherence(model, named, test, seed=0):
 
 def coherence_by_inputs(coherence):
     """Mean coherence by the number of given modalities, in both conventions: over the targets that
-    were not given (the papers' figures), and over all (the released code's mean)."""
+    were not given (the papers' figures), and over all, as the released code counts them."""
     shares = defaultdict(list)
     for subset, targets in coherence.items():
         given = subset.split("+")
@@ -487,7 +492,8 @@ def correlation(model, train, test, seed=0):
 
 def watch(writer, model, data, args, epoch):
     """While a model trains: all metrics on 1,000 training tuples, the same each time and never of
-    the test data, to TensorBoard as train/…"""
+    the test data, to TensorBoard as train/…; the 500 that teach the latents' classifier may be
+    among them."""
     rng = np.random.default_rng(0)
     rows = torch.from_numpy(rng.permutation(len(data.train))[:WATCHED])
     index = {name: i[rows] for name, i in data.train.index.items()}
@@ -517,8 +523,7 @@ def in_words(modality, example):
 
 def draw_row(axis, modality, x, title):
     """One row of a grid: the examples x (n, *shape) of a modality side by side."""
-    axis.set_yticks([])
-    axis.set_xticks([])
+    axis.set(xticks=[], yticks=[])
     axis.set_ylabel(title, rotation=0, ha="right", va="center")
     x = x.float().cpu()
     if len(modality.shape) == 3:
@@ -613,16 +618,14 @@ def draw_latents(folder, model, test, seed=0):
         left.plot(kl[order], label=f"given {name}, to the prior")
     left.plot(between[order], "k:", label="between two, both ways")
     left.set_yscale("symlog", linthresh=0.1)
-    left.set_xlabel("latent dimension, the most used first")
-    left.set_ylabel("KL, nats")
+    left.set(xlabel="latent dimension, the most used first", ylabel="KL, nats")
     left.legend(fontsize=8)
     axes = PCA(2, random_state=0).fit_transform(representation(model.posterior(x)).float().cpu())
     points = right.scatter(*axes.T, c=labels.view(len(axes), -1)[:, 0].cpu(), cmap="tab10", s=8)
     beside = dict(loc="center left", bbox_to_anchor=(1, 0.5))
     right.legend(*points.legend_elements(), fontsize=8, title="class", **beside)
     right.set_title("mean given all", fontsize=10)
-    right.set_xlabel("first principal component")
-    right.set_ylabel("second")
+    right.set(xlabel="first principal component", ylabel="second")
     figure.savefig(folder / "latents.png", dpi=100)
     plt.close(figure)
 
@@ -673,12 +676,7 @@ METRICS = {
     CLASSIFIERS: r"classifier_accuracy/(.+)",
 }
 LIKELIHOODS = ("marginal/", "conditional/", "log_weight_variance/")
-BY_SUBSET = (
-    "latent_accuracy/",
-    "latent_precision/",
-    "log_likelihood/",
-    "log_weight_variance/log_likelihood/",
-)
+BY_SUBSET = ("latent_", "log_likelihood/", "log_weight_variance/log_likelihood/")
 PAPERS = Path(__file__).parent / "results" / "papers.json"
 # Options of the data, by which runs of different scripts are told apart, too.
 OF_DATA = ("supervision", "keep", "pairings", "data_seed", "weights")
@@ -814,7 +812,7 @@ def curves(runs, against):
     of given modalities ("inputs"); coherence against an option, between modalities and joint, or of
     an image in parts that of the whole, a panel for each column; for "beta" the mean of the first
     of METRICS and the joint coherence against log p(X) given all, a point for each β, its note."""
-    panels = defaultdict(dict)
+    panels = defaultdict(lambda: defaultdict(list))
     if against == "inputs":
         for metric, rows in statistics(runs).items():
             for label, row in rows.items():
@@ -831,13 +829,14 @@ def curves(runs, against):
                 for metric in [ORACLE] if ORACLE in rows else between:
                     for column, value in rows.get(metric, {}).items():
                         title = {CROSS: column, JOINT: ""}.get(metric, f"given {column}")
-                        panel = panels[f"{metric}\n{title}"]
-                        panel.setdefault(label, []).append((x, *value, ""))
+                        panels[f"{metric}\n{title}"][label].append((x, *value, ""))
                 continue
+            if "log p(X), nats" not in rows:
+                raise UserError(f"--against beta: seeds of {label} differ in --proposals")
             *_, (given_all, _) = rows["log p(X), nats"].values()
             for metric in [metric for metric in rows if metric in (first, JOINT)]:
                 mean = float(np.mean([mean for mean, _ in rows[metric].values()]))
-                panels[metric].setdefault(label, []).append((given_all, mean, None, f"{x:g}"))
+                panels[metric][label].append((given_all, mean, None, f"{x:g}"))
     return panels
 
 
@@ -899,7 +898,7 @@ def report(
 ):
     """Evaluate the model: results.json and samples/ into the run's folder, the table to the
     terminal."""
-    facts = json.loads((run / "args.json").read_text())
+    facts = read_facts(run)
     results = {
         "script": Path(inspect.getfile(type(model))).stem,
         "dataset": Path(args.dataset).name,

@@ -335,7 +335,7 @@ def main(argv=None):
         optimizer.step()
         return torch.stack([-loss.detach(), *(terms[name] for name in names[1:])])
 
-    update = common.capture(update, args, device, world)
+    update = common.capture(update, capturable)
     start = common.restore(args, model, optimizer) if args.resume else 0
     run, writer = common.open_run(args, __file__, data.source, start) if rank == 0 else (None, None)
     saved = 0.0

@@ -91,6 +91,8 @@ class MoPoE(nn.Module):
         self.encoders = nn.ModuleList(encoder(m, 2 * width) for m in modalities)
         self.decoders = nn.ModuleList(decoder(m, width) for m in modalities)
         M = len(modalities)
+        if prior_expert and subsets == "singletons":
+            raise UserError("--prior-expert: is for the full set, which --subsets singletons lacks")
         if subsets == "all" and M > 10:
             raise UserError(
                 f"--subsets all: {M} modalities have {2**M - 1:,} subsets, each with a posterior "
@@ -261,7 +263,7 @@ def main(argv=None):
         optimizer.step()
         return torch.stack([-loss.detach(), *(terms[name] for name in names[1:])])
 
-    update = common.capture(update, args, device, world)
+    update = common.capture(update, capturable)
     start = common.restore(args, model, optimizer) if args.resume else 0
     run, writer = common.open_run(args, __file__, data.source, start) if rank == 0 else (None, None)
     saved = 0.0

@@ -68,7 +68,10 @@ def arguments(argv):
     add("--private-dim", type=dimension, default=0, help=about)
     count, about = common.number(int, 0, 1000), "ELBOs of random subsets in every step"
     add("--random-subsets", metavar="K", type=count, default=0, help=about)
-    count, about = common.number(int, 0, 10**6), "epochs in which β rises linearly from 0"
+    count, about = (
+        common.number(int, 0, 10**6),
+        "epochs in which β rises linearly from 0; fewer --epochs end below it",
+    )
     add("--anneal-epochs", metavar="N", type=count, default=0, help=about)
     about = "product with the prior as an expert, or of q(z|x_i) over powers of the prior"
     add("--product", choices=["universal", "quotient"], default="universal", help=about)
@@ -144,6 +147,7 @@ class MVAE(nn.Module):
         M = len(self.modalities)
         if self.quotient and M > 1:  # V = M / (M - 1) * sigmoid(.), supplement, Section 3
             c, s = logvar.split([self.latent_dim, self.private_dim], -1)
+            # In float32 the quotient is right to 0.1 % up to c = 10; there V is all but its bound.
             logvar = torch.cat([math.log(M / (M - 1)) + F.logsigmoid(c), s], -1)
         return mu, logvar
 
@@ -167,11 +171,11 @@ class MVAE(nn.Module):
         return mu, logvar
 
     def elbos(self, x, subsets, observed=None):
-        """ELBO(S) = E_q(z|x_S)[Σ_{i in S} λ_i log p(x_i|z)] - β KL(q(z|x_S) || p(z)) for each of
-        the subsets, lists of indices, the first of which has all modalities in x: the ELBOs, the
-        KLs and the subsets' sizes, (S, B) each, and {i: log p(x_i|z) given all, (B,)}. Where an
-        example lacks modalities, S is replaced by its observed part, or by all that is observed if
-        that part is empty."""
+        """ELBO(S) = E_q(z|x_S)[Σ_{i in S} λ_i log p(x_i|z)] - β KL(q(z|x_S) || p(z)), β annealed,
+        for each of the subsets, lists of indices, the first of which has all modalities in x: the
+        ELBOs, the KLs and the subsets' sizes, (S, B) each, and {i: log p(x_i|z) given all, (B,)}.
+        Where an example lacks modalities, S is replaced by its observed part, or by all that is
+        observed if that part is empty."""
         # From a buffer, since a captured step cannot copy from the host.
         masks = [torch.stack([self.singletons[i] for i in S]).any(0) for S in subsets]
         present = torch.stack(masks)[..., None]  # (S, M, 1)
@@ -194,9 +198,9 @@ class MVAE(nn.Module):
 
     def objective(self, x, observed=None):
         """ELBO(all) + Σ_i ELBO({i}) + Σ_k ELBO(S_k), per example (B,), over what is
-        observed of it; each ELBO a lower bound of log p(x_S), where β = 1 and all λ = 1. x has all
-        modalities, or one alone. Terms: the KLs' sum and each log p(x_i|z) given all, in nats.
-        Every example needs one observed modality."""
+        observed of it; each ELBO a lower bound of log p(x_S), where β = 1, annealing included, and
+        all λ = 1. x has all modalities, or one alone. Terms: the KLs' sum and each log p(x_i|z)
+        given all, in nats. Every example needs one observed modality."""
         x = hide(x, observed, self.modalities)
         M, whole = len(x), [i for i, m in enumerate(self.modalities) if m.name in x]
         subsets = [whole]
@@ -262,10 +266,13 @@ def main(argv=None):
         optimizer.step()
         return torch.stack([-loss.detach(), *(terms[name] for name in names[1:])])
 
-    update = common.capture(update, args, device, world)
+    update = common.capture(update, capturable)
     start = common.restore(args, model, optimizer) if args.resume else 0
     run, writer = common.open_run(args, __file__, data.source, start) if rank == 0 else (None, None)
     saved = 0.0
+    if rank == 0 and args.anneal_epochs > args.epochs:
+        share = args.epochs / args.anneal_epochs
+        print(f"--anneal-epochs {args.anneal_epochs}: β ends at {share:.2g} times --beta")
 
     with common.interruptible(run), common.progress(args, start, steps, rank) as bar:
         for epoch in range(start + 1, args.epochs + 1):

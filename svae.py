@@ -31,10 +31,11 @@ the whole has one; that one filler stands in for all missing experts when M > 3 
 reading. Every S with |S| >= 2 adds E_q(z|x_S)[Σ_{i in S} log p(x_i|z)] - Σ_{i in S} KL(q(z|x_S) ||
 q(z|x_S without x_i)), and all but the whole also - KL(q(z|x_S) || p(z)), each summed over the forms
 of the posteriors in it. That reads (D.29) without its KL to the absent modality's posterior, and
-(D.31) as a sum over unordered pairs; the ELBOs that `vaevae` leaves out are the same. With five
-modalities that is 220 decodings of a complete tuple. With `--expectation stratified` it has the
-terms of one random S with 1 < |S| < M only, times the number of such S: the same in expectation, at
-18 decodings.
+(D.31) as a sum over unordered pairs. `svae` adds the ELBOs of a complete tuple's modalities here,
+too, as Eq. (7) does and the released code; (D.30) has those of unpaired data only, which is
+`vaevae`. With five modalities that is 220 decodings of a complete tuple. With `--expectation
+stratified` it has the terms of one random S with 1 < |S| < M only, times the inverse of that S's
+share of the batch: the same in expectation, at 18 decodings.
 """
 
 import itertools
@@ -159,7 +160,7 @@ class SVAE(nn.Module):
     def allotted(self, subsets, B, complete):
         """{S: the rows on which S's terms are computed} and {S: the factor by which these count}.
         With --expectation stratified each complete tuple has one random S with 1 < |S| < M, and
-        each such S an equal share of the B rows; else, or of fewer rows than there are such S,
+        the B rows are divided evenly among such S; else, or of fewer rows than there are such S,
         every S has all rows."""
         rows, times = dict.fromkeys(subsets, slice(None)), dict.fromkeys(subsets, 1.0)
         between = [S for S in subsets if 1 < len(S) < len(self.modalities)]
@@ -207,7 +208,7 @@ class SVAE(nn.Module):
             q_S = [t[:, None, rows[S]] for t in q[S]]
             to_prior = gaussian_kl(*q_S).sum((0, 1))
             if len(S) == 1:
-                kl = to_prior  # (D.30), and of a complete tuple Eq. (7)
+                kl = to_prior  # (D.30), and of a complete tuple as in Eq. (7)
                 counts = counts & ((n == 1) | (self.objective_name == "svae"))
             else:
                 kl = torch.where(n[rows[S]] > len(S), to_prior, 0)  # (D.29), not in (D.28)
@@ -266,7 +267,7 @@ def main(argv=None):
         optimizer.step()
         return torch.stack([-loss.detach(), *(terms[name] for name in names[1:])])
 
-    update = common.capture(update, args, device, world)
+    update = common.capture(update, capturable)
     start = common.restore(args, model, optimizer) if args.resume else 0
     run, writer = common.open_run(args, __file__, data.source, start) if rank == 0 else (None, None)
     saved = 0.0

@@ -22,9 +22,11 @@ modalities of a complete tuple have their ELBOs twice. With two modalities `--ob
 With more modalities, Eq. (D.28) - (D.31), every subset S of a complete tuple with |S| >= 2 adds
 E_q(z|x_S)[Σ_{i in S} log p(x_i|z)] - Σ_{i in S} KL(q(z|x_S) || q(z|x_S without x_i)), and all but
 the whole also - KL(q(z|x_S) || p(z)). That reads (D.29) without its KL to the absent modality's
-posterior, and (D.31) as a sum over unordered pairs. With five modalities that is 75 decodings of a
-complete tuple. With `--expectation stratified` it has the terms of one random S with 1 < |S| < M
-only, times the number of such S: the same in expectation, at 8 decodings.
+posterior, and (D.31) as a sum over unordered pairs. `svae` adds the ELBOs of a complete tuple's
+modalities here, too, as the released code of VAEVAE* does; (D.30) has those of unpaired data only.
+With five modalities that is 75 decodings of a complete tuple. With `--expectation stratified` it
+has the terms of one random S with 1 < |S| < M only, times the inverse of that S's share of the
+batch: the same in expectation, at 8 decodings.
 """
 
 import itertools
@@ -201,7 +203,7 @@ class VAEVAE(nn.Module):
             q_S = [t[rows[S]] for t in q[S]]
             to_prior = gaussian_kl(*q_S)
             if len(S) == 1:
-                kl = to_prior  # (D.30), and of a complete tuple Eq. (7)
+                kl = to_prior  # (D.30), and of a complete tuple as in Eq. (7)
                 counts = counts & ((n == 1) | (self.objective_name == "svae"))
             else:
                 kl = torch.where(n[rows[S]] > len(S), to_prior, 0)  # (D.29), not in (D.28)
@@ -278,7 +280,7 @@ def main(argv=None):
         optimizer.step()
         return torch.stack([-loss.detach(), *(terms[name] for name in names[1:])])
 
-    update = common.capture(update, args, device, world)
+    update = common.capture(update, capturable)
     start = common.restore(args, model, optimizer) if args.resume else 0
     run, writer = common.open_run(args, __file__, data.source, start) if rank == 0 else (None, None)
     saved = 0.0

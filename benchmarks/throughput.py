@@ -108,7 +108,7 @@ def our_step(method, mode, options, device):
         optimizer.step()
         return torch.stack([-loss.detach(), *terms.values()])
 
-    return common.capture(update, args, device, 1)
+    return common.capture(update, common.captures(args, device, 1))
 
 
 @functools.cache

@@ -211,14 +211,15 @@ def test_captured_step_takes_every_batch_once(monkeypatch):
         return out
 
     device, args = torch.device("cuda"), argparse.Namespace(compile="auto")
-    fast = common.capture(step, args, device, world=1)
+    fast = common.capture(step, common.captures(args, device, world=1))
     batches = torch.arange(21).view(7, 3)
     seen = [fast(rows).item() for rows in batches]
     assert seen == batches.sum(1).cumsum(0).tolist()
     assert len(calls) == 4 and len(graph.notes) == 1
-    for eager in ((args, device, 2), (argparse.Namespace(compile=False), device, 1)):
-        assert common.capture(step, *eager) is step
-    assert common.capture(step, args, torch.device("cpu"), 1) is step
+    assert not common.captures(args, device, 2)
+    assert not common.captures(argparse.Namespace(compile=False), device, 1)
+    assert not common.captures(args, torch.device("cpu"), 1)
+    assert common.capture(step, False) is step
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")

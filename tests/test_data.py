@@ -23,6 +23,11 @@ from sklearn.datasets import load_digits
 
 import datasets
 import evaluate
+import mmvae
+import mopoe
+import mvae
+import svae
+import vaevae
 from common import Modality, UserError, generated, likelihood
 
 
@@ -554,20 +559,46 @@ def test_weights_and_scales_are_the_papers(tmp_path):
         modalities = datasets.load(options(tmp_path, dataset=name)).modalities
         assert [m.weight for m in modalities] == expected
     assert modalities[0].scale == 0.01  # of the pictures' features
-    assert Modality("x", (3, 28, 28)).scale == 0.75  # PolyMNIST, Sutter et al. 2021, App. D.2
+    assert Modality("x", (3, 28, 28)).scale == 0.75  # PolyMNIST, Sutter et al. 2021, released code
 
 
 def test_settings_are_the_papers():
+    """Of those that name no batch size the released code's, of CUB the code's all."""
     settings = {
-        name: tuple(of.get(key, 1.0) for key in ("epochs", "lr", "latent_dim", "beta"))
+        name: tuple(
+            of.get(key, 1.0) for key in ("epochs", "batch_size", "lr", "latent_dim", "beta")
+        )
         for name, of in datasets.SETTINGS.items()
     }
-    assert settings["polymnist"] == (300, 1e-3, 512, 2.5)
-    assert settings["mnist-svhn-text"] == (150, 1e-3, 20, 5.0)
-    assert settings["celeba-text"] == (200, 5e-4, 64, 2.5)
-    assert settings["mnist-svhn"] == (30, 1e-3, 20, 1.0)
-    assert settings["mnist-split"] == (200, 2e-4, 64, 1.0)
-    assert settings["mnist-label"] == (500, 1e-3, 64, 1.0)
+    assert settings["polymnist"] == (300, 256, 1e-3, 512, 2.5)
+    assert settings["mnist-svhn-text"] == (150, 256, 1e-3, 20, 5.0)
+    assert settings["celeba-text"] == (200, 256, 5e-4, 64, 2.5)
+    assert settings["mnist-svhn"] == (30, 128, 1e-3, 20, 1.0)
+    assert settings["mnist-split"] == (200, 128, 2e-4, 64, 1.0)
+    assert settings["mnist-split-3"] == (50, 128, 2e-4, 64, 1.0)
+    for name in ("mnist-label", "binary-mnist-label", "fashion-label"):
+        assert settings[name] == (500, 100, 1e-3, 64, 1.0)
+    assert settings["multimnist"] == (500, 100, 1e-3, 100, 1.0)
+    assert settings["celeba-attr"] == settings["celeba19"] == (100, 100, 1e-4, 100, 1.0)
+    assert settings["cub"] == (50, 64, 1e-3, 64, 1.0)
+
+
+def test_settings_of_a_method_are_its_papers():
+    """Kutuzova et al. 2021, App. F; Wu & Goodman 2018, Section 5; Shi et al. 2019, Section 5 and
+    code; Sutter et al. 2021, App. E.2."""
+
+    def own(script, name, *keys):
+        return tuple(script.DEFAULTS[name][key] for key in keys)
+
+    assert own(svae, "mnist-svhn", "epochs", "lr") == (50, 1e-4)
+    assert own(vaevae, "mnist-svhn", "epochs", "lr") == (50, 1e-3)
+    assert own(svae, "cub", "epochs", "lr") == own(vaevae, "cub", "epochs", "lr") == (200, 1e-4)
+    assert own(mvae, "celeba19", "random_subsets") == (1,)
+    kinds = "distribution", "scales", "learn_prior", "amsgrad"
+    assert own(mmvae, "mnist-svhn", *kinds) == ("laplace", "sum", True, True)
+    assert own(mmvae, "cub", *kinds) == ("normal", "free", True, True)
+    for script in (mvae, mmvae, mopoe):
+        assert own(script, "celeba-text", "latent_dim", "private_dim") == (32, 32)
 
 
 def test_binary_pixels_are_drawn_anew_to_train_and_once_to_test(tmp_path):
@@ -669,6 +700,12 @@ def test_polymnists_options_are_refused_elsewhere(changed, tmp_path):
     (name,) = changed
     with pytest.raises(UserError, match=f"--{name}: belongs to --dataset polymnist, not digits-"):
         datasets.load(options(tmp_path, dataset="digits-label", **changed))
+    path = tmp_path / "own.npz"
+    np.savez(path, x=np.zeros(1))
+    with pytest.raises(UserError, match=f"--{name}: belongs to --dataset polymnist, not .*own.npz"):
+        datasets.load(options(tmp_path, dataset=str(path), **changed))
+    with pytest.raises(UserError, match="--download: goes without --backgrounds"):
+        datasets.load(options(tmp_path, dataset="polymnist", download=True, backgrounds="x"))
 
 
 @pytest.mark.parametrize("fault", [urllib.error.URLError("no network"), BadStatusLine("?!")])

@@ -142,6 +142,8 @@ def test_attributes_have_average_precisions(tmp_path, monkeypatch):
         "x1 → x0",
     ]
     assert "latent accuracy, %" not in shown and evaluate.CLASSIFIERS not in shown
+    single = [dataclasses.replace(data.modalities[0], shape=(1,)), data.modalities[1]]
+    assert list(evaluate.classifiers(data.train, data.test, single, False, tmp_path)[1]) == ["x1"]
     x, labels = evaluate.examples(data.test, 12, seed=0)
     assert labels.shape == (12, 3)
     assert [t.shape for t in x.values()] == [(12, 2)] * 2
@@ -785,6 +787,8 @@ def test_log_likelihoods_given_all_stand_beside_those_of_every_subset():
         assert rows["mopoe.py", "--beta", "1.0"] == ["0.5"] * 4
         (points,) = evaluate.curves(ordered, "beta")[metric].values()
         assert points == [(0.5, 50, None, "1"), (0.5, 50, None, "5")]
+    with pytest.raises(UserError, match="--against beta: seeds of mopoe.py differ in --proposals"):
+        evaluate.curves([fewer, made(M=4, seed=1, beta=5.0)], "beta")
 
 
 def test_tables_state_source_epochs_seeds_and_the_papers_number(tmp_path, capsys):

@@ -389,6 +389,26 @@ def test_scales_sum_to_their_number(float64):
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("distribution", ["laplace", "normal"])
+@pytest.mark.parametrize("scales", ["sum", "free"])
+@pytest.mark.parametrize("raw", [40.0, 1e4])
+def test_extreme_experts_leave_value_and_gradient_finite(objective, distribution, scales, raw):
+    """In float32, the encoders' raw scales and then their locations too being far apart."""
+    torch.manual_seed(0)
+    kinds = dict(objective=objective, distribution=distribution, scales=scales, K=3)
+    model = MMVAE(modalities(3), 4, **kinds)
+    x = {m.name: torch.randn(5, 4) for m in model.modalities}
+    for location in (1.0, 1e6):
+        for e in model.encoders:
+            e[-1].bias.data = torch.cat([torch.randn(4) * location, torch.randn(4).sign() * raw])
+        value, _ = model(x)
+        model.zero_grad()
+        value.sum().backward()
+        assert value.isfinite().all()
+        assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("private_dim", [0, 2])
 def test_masked_content_changes_neither_value_nor_gradient(float64, objective, private_dim):
     settings = dict(objective=objective, K=3, private_dim=private_dim, learn_prior=True)

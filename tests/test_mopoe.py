@@ -25,6 +25,7 @@ import mopoe
 from common import (
     LeadingDimensions,
     Modality,
+    UserError,
     gaussian_kl,
     likelihood,
     product_of_gaussians,
@@ -206,6 +207,13 @@ def test_prior_expert_joins_the_full_set_only(float64):
     torch.testing.assert_close(model.posterior(x).variance, expected[1].exp())
 
 
+def test_prior_expert_needs_the_full_set():
+    with pytest.raises(
+        UserError, match="--prior-expert: is for the full set, which --subsets sing"
+    ):
+        MoPoE(modalities(2), 2, subsets="singletons", prior_expert=True)
+
+
 def test_posterior_is_the_product_of_the_given(float64):
     model, x = five()
     mu, logvar = model.encode(x)
@@ -293,7 +301,8 @@ def test_streams_are_the_masked_batch(float64, monkeypatch, subsets, S, kl, priv
 
 def test_all_observed_is_the_same_as_no_mask(float64, fixed_noise):
     for subsets in ("all", "singletons", "full"):
-        model, x = five(subsets=subsets, expectation="all", prior_expert=True)
+        prior_expert = subsets != "singletons"
+        model, x = five(subsets=subsets, expectation="all", prior_expert=prior_expert)
         value = model(x, torch.ones(6, 5, dtype=torch.bool))[0]
         torch.testing.assert_close(value, model(x)[0], rtol=1e-12, atol=1e-12)
 

@@ -158,6 +158,13 @@ def test_annealing_rises_linearly_from_zero_and_goes_on_when_resumed(tmp_path, m
     assert seen == pytest.approx(expected, abs=1e-6)
 
 
+def test_a_run_shorter_than_the_annealing_says_so(tmp_path, capsys):
+    run("mvae", tmp_path, "--anneal-epochs", "8", "--epochs", "2", "--no-eval")
+    assert "--anneal-epochs 8: β ends at 0.25 times --beta" in capsys.readouterr().out
+    run("mvae", tmp_path, "--anneal-epochs", "2", "--epochs", "2", "--no-eval")
+    assert "--anneal-epochs" not in capsys.readouterr().out
+
+
 # ---------------------------------------------------------------- products without the prior
 
 

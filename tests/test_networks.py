@@ -101,6 +101,20 @@ def test_layers_of_the_convolutions():
             "ReLU",
         ),
         (
+            "split",  # Kutuzova et al. 2021, Table F.2, as the released code has it
+            (1, 14, 28),
+            [(64, 1, 4, 4), (128, 64, 4, 4), (256, 128, 4, 4), (512, 768), (6, 512)],
+            [(512, 4), (112, 512), (112, 56, 3, 5), (56, 28, 3, 5), (28, 1, 2, 4)],
+            "ReLU",
+        ),
+        (
+            "split-3",
+            (1, 9, 28),
+            [(64, 1, 4, 4), (128, 64, 4, 4), (256, 128, 4, 4), (512, 768), (6, 512)],
+            [(512, 4), (112, 512), (112, 56, 2, 5), (56, 28, 2, 5), (28, 1, 3, 4)],
+            "ReLU",
+        ),
+        (
             "svhn-sigmoid",  # Shi et al. 2019, Table 6
             (3, 32, 32),
             [(32, 3, 4, 4), (64, 32, 4, 4), (128, 64, 4, 4), (6, 2048)],
@@ -132,7 +146,7 @@ def test_a_residual_layer_weighs_its_branches():
 def test_a_label_is_looked_up_unless_the_family_is_affine():
     label = dict(name="x", shape=(), likelihood="categorical", categories=10)
     assert isinstance(common.encoder(Modality(**label, network="mlp"), 6)[0], torch.nn.Embedding)
-    assert isinstance(common.encoder(Modality(**label, network="linear"), 6)[0], common.OneHot)
+    assert isinstance(common.encoder(Modality(**label, network="linear"), 6)[0], common.Symbols)
 
 
 def test_a_family_with_a_norm_has_it_between_the_layers_only():

@@ -168,7 +168,7 @@ def test_svae_of_three_modalities_by_hand(float64, noise, objective):
             value = value + likelihoods(model, q, x, ["abc"[i], "abc"[j]], noise)
             value = value - 1.3 * (kl(q, singles[i]) + kl(q, singles[j]) + kl(q))
     if objective == "svae":
-        for i, q in enumerate(singles):  # (D.30)
+        for i, q in enumerate(singles):  # as in Eq. (7)
             value = value + likelihoods(model, q, x, "abc"[i], noise) - 1.3 * kl(q)
     exact.assert_equal_with_gradients(model, model(x)[0], value)
 
@@ -190,7 +190,7 @@ def test_vaevae_of_three_modalities_by_hand(float64, noise, objective, joint):
         value = value + likelihoods(model, q[S], x, S, noise)
         value = value - 1.3 * (kl(q[S], q[S[0]]) + kl(q[S], q[S[1]]) + kl(q[S]))
     if objective == "svae":
-        for name in "abc":  # (D.30)
+        for name in "abc":  # as in Eq. (7)
             value = value + likelihoods(model, q[name], x, name, noise) - 1.3 * kl(q[name])
     exact.assert_equal_with_gradients(model, model(x)[0], value)
 
