@@ -345,7 +345,7 @@ def sample_backgrounds():
     return [china, flower] + [(255 * image).astype(np.uint8) for image in (waves, discs, clouds)]
 
 
-def folder_backgrounds(folder, size):
+def folder_backgrounds(folder):
     """The pictures of a folder by name, (H, W, 3) uint8 each; one modality a picture."""
     try:
         files = sorted(p for p in Path(folder).iterdir() if not p.name.startswith("."))
@@ -355,8 +355,8 @@ def folder_backgrounds(folder, size):
     require(2 <= len(files) <= 10, f"--backgrounds {folder}: {demand}")
     pictures = [np.asarray(picture(file)) for file in files]
     for file, pixels in zip(files, pictures, strict=True):
-        fits = min(pixels.shape[:2]) >= size
-        require(fits, f"--backgrounds: {file} is smaller than {size}×{size} pixels")
+        fits = min(pixels.shape[:2]) >= 28
+        require(fits, f"--backgrounds: {file} is smaller than 28×28 pixels")
     return pictures
 
 
@@ -431,7 +431,7 @@ def polymnist(args):
         if place.exists() and not args.backgrounds:
             return authors_polymnist(place, args.cache_dir)
     if args.backgrounds:
-        backgrounds = folder_backgrounds(args.backgrounds, 28)
+        backgrounds = folder_backgrounds(args.backgrounds)
         scene = f"the {len(backgrounds)} pictures of {args.backgrounds}"
     else:
         backgrounds = sample_backgrounds()
@@ -673,7 +673,7 @@ def mnist_svhn(args):
 
 def mnist_svhn_text(args):
     """The same with the digit's English name at a random place (Sutter et al. 2021, App. C)."""
-    return digit_pairs(args, {"mnist": "mnist", "svhn": "svhn", "text": "text"})
+    return digit_pairs(args, {"mnist": "mnist-sigmoid", "svhn": "svhn", "text": "text"})
 
 
 def digit_pairs(args, networks):

@@ -211,11 +211,11 @@ def classifiers(train, test, modalities, strips, cache_dir):
     return named, accuracy
 
 
-def latent_accuracy(model, train, test, tuples=LATENT_TRAIN, seed=0):
+def latent_accuracy(model, train, test, tuples=LATENT_TRAIN):
     """Accuracy of a linear classifier of every subset's latent representation, learnt from so many
     training tuples; of attributes the mean of their average precisions, as in `agreement`. Private
     latents are part of it, in the released code they are not."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     rows = torch.from_numpy(rng.choice(len(train), min(tuples, len(train)), replace=False))
     rows = rows.to(train.labels.device)
     labels, accuracy = train.labels[rows].cpu().numpy(), {}
@@ -225,7 +225,7 @@ def latent_accuracy(model, train, test, tuples=LATENT_TRAIN, seed=0):
         return torch.cat([part.double().cpu() for part in parts]).numpy()
 
     for subset in subsets_of(model.modalities):
-        torch.manual_seed(seed)
+        torch.manual_seed(0)
         known = latents(subset, (train.batch(part)[0] for part in rows.split(LATENT_TRAIN)))
         unseen = latents(subset, chunks(test))
         linear, truth = LogisticRegression(max_iter=1000), test.labels.cpu().numpy()
@@ -251,7 +251,7 @@ def shown(p):
     return p.base_dist.probs if text else generated(p)
 
 
-def conditional_coherence(model, named, test, seed=0):
+def conditional_coherence(model, named, test):
     """How often a modality generated from a sample of a subset's posterior shows the tuple's class:
     {subset: {target: share}}, given modalities counting as targets too; of attributes the mean of
     their average precisions. named as `classifiers` has it, of each modality and maybe of the image
@@ -259,7 +259,7 @@ def conditional_coherence(model, named, test, seed=0):
     what is given are its own."""
     coherence = {}
     for subset in subsets_of(model.modalities):
-        torch.manual_seed(seed)
+        torch.manual_seed(0)
         logits = defaultdict(list)
         for x in chunks(test):
             z = model.posterior({name: x[name] for name in subset}).sample()
@@ -285,9 +285,9 @@ def coherence_by_inputs(coherence):
     return {key: float(np.mean(values)) for key, values in shares.items()}
 
 
-def joint_coherence(model, named, seed=0):
+def joint_coherence(model, named):
     """How often all modalities decoded from one sample of the prior are of one class."""
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     alike = 0
     for n in torch.arange(JOINT_SAMPLES).split(CHUNK):
         z = model.prior().sample((len(n),))
@@ -317,7 +317,7 @@ def weigh(log_w):
     return log_mean_exp(log_w, 0), effective, log_w.var(0, correction=min(1, len(log_w) - 1))
 
 
-def log_likelihood(model, test, samples=IMPORTANCE_SAMPLES, proposals="all", seed=0):
+def log_likelihood(model, test, samples=IMPORTANCE_SAMPLES, proposals="all"):
     """log p(X) in nats per tuple, by importance sampling with each subset's posterior as the
     proposal, as a flat dict, with the standard error over the tuples, the effective number of
     samples and the variance of the log weights. proposals "full" leaves only the full set's.
@@ -339,7 +339,7 @@ def log_likelihood(model, test, samples=IMPORTANCE_SAMPLES, proposals="all", see
             results[f"effective_samples/{metric}"] = effective.mean().item()
 
     for subset in tqdm(subsets, "log-likelihood", leave=False, disable=None):
-        torch.manual_seed(seed)
+        torch.manual_seed(0)
         key = "+".join(subset)
         joint = f"log_likelihood/{key}"
         single = names if len(names) <= 3 or subset == names else []
@@ -409,7 +409,7 @@ def class_metrics(model, train, test, strips, cache_dir, latent_train=LATENT_TRA
     return {re.sub("accuracy|coherence", "precision", key): v for key, v in results.items()}
 
 
-def symbol_metrics(model, test, seed=0):
+def symbol_metrics(model, test):
     """How often a label, a text or attributes, generated from a sample of the posterior given other
     modalities, are the tuple's own: as a whole, and of the symbols but for blanks and stars; a flat
     dict (Wu & Goodman 2018, supplement, Tables 4 and 5)."""
@@ -421,7 +421,7 @@ def symbol_metrics(model, test, seed=0):
     results, symbols = defaultdict(float), defaultdict(int)
     for subset in subsets_of(model.modalities):
         targets = [m for m in kinds if m.name not in subset]
-        torch.manual_seed(seed)
+        torch.manual_seed(0)
         for x in chunks(test) if targets else ():
             z = model.posterior({name: x[name] for name in subset}).sample()
             made = model.decode(z, [m.name for m in targets])
@@ -442,7 +442,7 @@ def symbol_metrics(model, test, seed=0):
     return results
 
 
-def correlation(model, train, test, seed=0):
+def correlation(model, train, test):
     """The correlation of pictures' features with captions after a canonical correlation analysis of
     training pairs, as a flat dict: of test pairs, of what is generated from 1,000 samples of the
     prior, and of one given with the other generated from it (Kutuzova et al. 2021, Section 4).
@@ -457,7 +457,7 @@ def correlation(model, train, test, seed=0):
     if len(model.modalities) != 2 or not (features and captions):
         return {}
     (image,), (caption,) = features, captions
-    rows = np.random.default_rng(seed).permutation(len(train))[:5000]
+    rows = np.random.default_rng(0).permutation(len(train))[:5000]
     known = train.batch(torch.from_numpy(rows).to(train.labels.device))[0]
 
     def words(x):
@@ -479,7 +479,7 @@ def correlation(model, train, test, seed=0):
         u, v = (side / np.linalg.norm(side, axis=1, keepdims=True) for side in sides)
         return (u * v).sum(1)
 
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     z = model.prior().sample((1000,))
     found = {"joint": [cosines({name: generated(p) for name, p in model.decode(z).items()})]}
     for x in chunks(test):
@@ -553,9 +553,9 @@ def draw_grid(path, columns, scale=0.7):
     plt.close(figure)
 
 
-def examples(test, n, seed):
+def examples(test, n):
     """n test tuples, their classes spread evenly: a dict of tensors, and the labels."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     first = test.labels.view(len(test), -1)[:, 0]  # of several attributes
     by_class = np.argsort(first.cpu().numpy() + rng.uniform(0, 0.5, len(test)))
     even = np.linspace(0, len(test) - 1, min(n, len(test))).round().astype(int)
@@ -577,12 +577,12 @@ def rows_from(model, x, given):
 
 
 @torch.no_grad()
-def draw_samples(folder, model, data, n=12, seed=0):
+def draw_samples(folder, model, data):
     """reconstructions.png, from_<name>.png for every single modality, and joint.png."""
     folder.mkdir(exist_ok=True)
-    x, _ = examples(data.test.to(next(model.parameters()).device), n, seed)
+    x, _ = examples(data.test.to(next(model.parameters()).device), 12)
     modalities = model.modalities
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
 
     made, grid = generate(model, x, list(x)), []
     for m in modalities:
@@ -591,21 +591,21 @@ def draw_samples(folder, model, data, n=12, seed=0):
     for given in modalities:
         grid = {f"given {given.name} alone": rows_from(model, x, given)}
         draw_grid(folder / f"from_{given.name}.png", grid)
-    made = {name: generated(p) for name, p in model.decode(model.prior().sample((n,))).items()}
+    made = {name: generated(p) for name, p in model.decode(model.prior().sample((12,))).items()}
     grid = [(m, made[m.name], m.name) for m in modalities]
     draw_grid(folder / "joint.png", {"from the prior": grid})
 
 
 @torch.no_grad()
-def draw_latents(folder, model, test, seed=0):
+def draw_latents(folder, model, test):
     """latents.png: the KL of each latent dimension between the posteriors given one modality and
     the prior, and between two of them, both ways and in the mean over the pairs; beside it the
     representations given all on their two main axes. traverse_<name>.png: what the three
     dimensions that differ most from the prior show, from a mean given one modality five of the
     prior's standard deviations down and up, with up to eight modalities (Shi et al. 2019, Figure
     5)."""
-    x, labels = examples(test, 500, seed)
-    torch.manual_seed(seed)
+    x, labels = examples(test, 500)
+    torch.manual_seed(0)
     given = {m.name: model.posterior({m.name: x[m.name]}) for m in model.modalities}
     factors, prior = {name: factors_of(q) for name, q in given.items()}, model.prior().base_dist
     to_prior = {name: kl_divergence(q, prior).mean(0).cpu() for name, q in factors.items()}
@@ -1052,7 +1052,7 @@ def with_data(run, model, modalities, args, options):
 
 
 @torch.no_grad()
-def draw_side_by_side(options, seed=0):
+def draw_side_by_side(options):
     """A PNG with a column of panels for each run: the same test examples of the modality --given,
     and every modality generated from it. The more runs, the fewer examples: the picture's width
     stays, so that they can be told apart on a page."""
@@ -1070,8 +1070,8 @@ def draw_side_by_side(options, seed=0):
         if len(seen) > 1:
             raise UserError(f"--side-by-side: {run} is of other data than the first run")
         device = next(model.parameters()).device
-        x, _ = examples(data.test.to(device), max(4, 24 // len(runs)), seed)
-        torch.manual_seed(seed)
+        x, _ = examples(data.test.to(device), max(4, 24 // len(runs)))
+        torch.manual_seed(0)
         title, script = type(model).__name__, Path(inspect.getfile(type(model))).stem
         title = title if title.lower() == script else script
         title = f"{title}, {run}" if title in columns else title

@@ -9,7 +9,6 @@ from common import NETWORKS, Modality, UserError
 IMAGES = {
     "linear": (3, 5, 7),
     "conv": (3, 28, 28),
-    "mnist": (1, 28, 28),
     "mnist-sigmoid": (1, 28, 28),
     "svhn": (3, 32, 32),
     "svhn-sigmoid": (3, 32, 32),
@@ -92,7 +91,7 @@ def test_layers_of_the_convolutions():
             [(512, 4), (512, 512), (512, 512), (784, 512)],
             "SiLU",
         ),
-        ("mnist", (1, 28, 28), [(400, 784), (6, 400)], [(400, 4), (784, 400)], "ReLU"),
+        ("mnist-sigmoid", (1, 28, 28), [(400, 784), (6, 400)], [(400, 4), (784, 400)], "ReLU"),
         (
             "svhn",  # Sutter et al. 2021, released code
             (3, 32, 32),
@@ -136,6 +135,16 @@ def test_decoders_end_in_a_sigmoid_where_shi_et_al_have_one(m):
     x = common.decoder(m, 4)(100 * torch.randn(200, 4))
     bounded = bool(x.min() >= 0 and x.max() <= 1)
     assert bounded == m.network.endswith("-sigmoid")
+
+
+def test_the_texts_decoder_is_affine_up_to_its_first_convolution():
+    """As in the released code of Sutter et al. 2021, unlike SVHN's."""
+    m = Modality("x", (8,), "categorical", network="text", categories=71)
+    features, z = common.decoder(m, 4).net[:3], torch.randn(2, 4)
+    torch.testing.assert_close(
+        features(z[:1] + z[1:]) + features(0 * z[:1]), features(z).sum(0)[None]
+    )
+    assert "ReLU" in {type(layer).__name__ for layer in common.decoder(m, 4).modules()}
 
 
 def test_a_residual_layer_weighs_its_branches():
