@@ -66,9 +66,7 @@ def arguments(argv):
     add("--private-dim", type=dimension, default=0, help=about)
     add("--objective", choices=OBJECTIVES, default="iwae", help="bound and gradient, see above")
     add("--K", type=common.number(int, 1, 10**6), default=30, help="samples of each expert")
-    about = (
-        "elbo: the mixture's KL by sampling, or the mean of the experts'; elbo-is has the latter"
-    )
+    about = "elbo: the mixture's KL by sampling, or the mean of the experts', which elbo-is has"
     add("--kl", choices=["mixture", "components"], default="mixture", help=about)
     add("--distribution", choices=["laplace", "normal"], default="laplace", help="prior, experts")
     about = "scales that sum to their number by a softmax, or exp of half the network's output"

@@ -68,10 +68,7 @@ def arguments(argv):
     add("--private-dim", type=dimension, default=0, help=about)
     count, about = common.number(int, 0, 1000), "ELBOs of random subsets in every step"
     add("--random-subsets", metavar="K", type=count, default=0, help=about)
-    count, about = (
-        common.number(int, 0, 10**6),
-        "epochs in which β rises linearly from 0; fewer --epochs end below it",
-    )
+    count, about = common.number(int, 0, 10**6), "epochs in which β rises linearly from 0"
     add("--anneal-epochs", metavar="N", type=count, default=0, help=about)
     about = "product with the prior as an expert, or of q(z|x_i) over powers of the prior"
     add("--product", choices=["universal", "quotient"], default="universal", help=about)
