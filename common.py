@@ -674,8 +674,11 @@ def accelerate(model, args, device, world):
         model = nn.parallel.DistributedDataParallel(model)
     if not compiles(args, device):
         return model
-    if device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
-        raise UserError("--compile: needs a C++ compiler on a CPU, and there is no g++ here")
+    cpu = device.type == "cpu"
+    needed = [os.environ.get("CXX", "g++")] if cpu else [os.environ.get("CC", "gcc"), "clang"]
+    if not any(map(shutil.which, needed)):
+        message = f"--compile: needs {' or '.join(needed)}, which is not here; see --no-compile"
+        raise UserError(message)
     # Else DistributedDataParallel cuts the graph, to send gradients sooner, and a cut between a
     # sample and its use loses DReG's hook.
     torch._dynamo.config.optimize_ddp = False
@@ -939,8 +942,10 @@ class GRUEncoder(nn.Module):
         self.out = nn.Linear(200, out_dim)
 
     def forward(self, x):
-        _, last = self.gru(self.embedding(x))  # (2, B, 200)
-        return self.out(last.sum(0))
+        # Autocast would have a GPU's GRU in float16, whatever it is told.
+        with torch.autocast(self.out.weight.device.type, enabled=False):
+            _, last = self.gru(self.embedding(x))  # (2, B, 200)
+            return self.out(last.sum(0))
 
 
 class GRUDecoder(nn.Module):
@@ -956,14 +961,15 @@ class GRUDecoder(nn.Module):
         self.out = nn.Linear(200 + latent_dim, modality.categories)
 
     def forward(self, z):
-        state = self.first(z).unflatten(-1, (2, 200)).movedim(1, 0).contiguous()
-        symbol, logits = torch.full_like(z[:, 0], self.start, dtype=torch.long), []
-        for _ in range(self.length):
-            given = torch.cat([self.embedding(symbol), z], -1)
-            seen, state = self.gru(given[:, None], state)
-            logits.append(self.out(torch.cat([seen[:, 0], z], -1)))
-            symbol = logits[-1].argmax(-1)
-        return torch.stack(logits, 1)
+        with torch.autocast(z.device.type, enabled=False):
+            state = self.first(z).unflatten(-1, (2, 200)).movedim(1, 0).contiguous()
+            symbol, logits = torch.full_like(z[:, 0], self.start, dtype=torch.long), []
+            for _ in range(self.length):
+                given = torch.cat([self.embedding(symbol), z], -1)
+                seen, state = self.gru(given[:, None], state)
+                logits.append(self.out(torch.cat([seen[:, 0], z], -1)))
+                symbol = logits[-1].argmax(-1)
+            return torch.stack(logits, 1)
 
 
 def halving(*widths):

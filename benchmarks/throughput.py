@@ -207,9 +207,12 @@ def seconds_of(call, repeat, device):
 def matrix_rate(dtype, device, n):
     """Operations per second of an n×n matrix product, the best of several; on a GPU in TF32 for
     float32, as its convolutions are."""
-    torch.backends.cuda.matmul.allow_tf32 = True
     a, b = (torch.randn(n, n, dtype=dtype, device=device) for _ in range(2))
-    return 2 * n**3 / min(seconds_of(lambda: a @ b, 3, device) for _ in range(5))
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        return 2 * n**3 / min(seconds_of(lambda: a @ b, 3, device) for _ in range(5))
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = False
 
 
 def processor():

@@ -9,6 +9,22 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
+torch.cuda.is_available()  # from here on this process knows its GPUs,
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # and those that tests start have none
+
+
+@pytest.fixture
+def gpu():
+    """For a test on a GPU; all others run on a CPU."""
+    if not torch.cuda.is_available():
+        pytest.skip("there is no CUDA device")
+
+
+@pytest.fixture(autouse=True)
+def no_gpu(request, monkeypatch):
+    if "gpu" not in request.fixturenames:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
 
 @pytest.fixture
 def float64():

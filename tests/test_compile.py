@@ -222,9 +222,8 @@ def test_captured_step_takes_every_batch_once(monkeypatch):
     assert common.capture(step, False) is step
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 @pytest.mark.parametrize("script", ["mvae", "mmvae", "mopoe", "svae", "vaevae"])
-def test_captured_training_is_uncaptured_training(script, tmp_path, monkeypatch):
+def test_captured_training_is_uncaptured_training(gpu, script, tmp_path, monkeypatch):
     """Without noise, epoch by epoch; with it the compiled code draws other numbers."""
     monkeypatch.setattr(torch, "randn_like", lambda t: torch.zeros_like(t))
     monkeypatch.setattr(

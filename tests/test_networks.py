@@ -171,6 +171,19 @@ def test_a_family_with_a_norm_has_it_between_the_layers_only():
     assert "GroupNorm" not in kinds(common.encoder(m, 8)) + kinds(common.decoder(m, 8))
 
 
+def test_the_strings_networks_stay_in_float32():
+    """On a GPU autocast would have a GRU in float16."""
+    m = Modality("x", (5,), "categorical", network="gru", categories=11)
+    nets = (
+        (common.encoder(m, 6), torch.randint(11, (3, 5))),
+        (common.decoder(m, 4), torch.ones(3, 4)),
+    )
+    for net, given in nets:
+        with torch.autocast("cpu", torch.bfloat16):
+            found = net(given)
+        assert found.equal(net(given)) and found.dtype == torch.float32
+
+
 def test_the_strings_decoder_goes_by_its_own_symbols():
     """The logits of a place depend on z and on the most likely symbols before, on nothing else."""
     torch.manual_seed(0)

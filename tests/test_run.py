@@ -24,6 +24,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -977,7 +978,17 @@ print(torch.full((2**20,), 1e-40).mul(0.5).count_nonzero().item())"""
 def test_compilation_without_a_compiler_is_one_line(script, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert run(script, tmp_path, "--compile", "--device", "cpu", expect=2) is None
-    one_line(capsys, "--compile", "C++ compiler")
+    one_line(capsys, "--compile: needs no-such-compiler", "--no-compile")
+
+
+def test_a_gpus_compiler_is_asked_for(monkeypatch):
+    """Triton builds its launchers in C."""
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CC", raising=False)
+    args = SimpleNamespace(compile="auto")
+    with pytest.raises(common.UserError, match="--compile: needs gcc or clang.*see --no-compile"):
+        common.accelerate(torch.nn.Identity(), args, torch.device("cuda"), 1)
 
 
 @every_script
