@@ -76,6 +76,8 @@ run_full polymnist-batch__mopoe__0 mopoe --dataset polymnist --beta 2.5 --batch-
     --amp --epochs 20
 run_full polymnist-batch-50__mopoe__0 mopoe --dataset polymnist --beta 2.5 --batch-size 1024 --lr 2e-3 \
     --amp --epochs 50
+run_full polymnist-batch-80__mopoe__0 mopoe --dataset polymnist --beta 2.5 --batch-size 1024 --lr 2e-3 \
+    --amp --epochs 80
 run polymnist-singletons__mopoe__0 mopoe --dataset polymnist --beta 2.5 --subsets singletons --amp \
     --epochs 20
 # Backgrounds that are five mosaics of 64 faces each.

@@ -329,6 +329,7 @@ def test_the_table_of_batches_on_polymnist_is_that_of_results():
     for label, name in (
         ("1,024, 20, 1,160 ([file](polymnist-batch__mopoe__0.json))", "polymnist-batch"),
         ("1,024, 50, 2,900 ([file](polymnist-batch-50__mopoe__0.json))", "polymnist-batch-50"),
+        ("1,024, 80, 4,640 ([file](polymnist-batch-80__mopoe__0.json))", "polymnist-batch-80"),
         ("256, 20, 4,680", "polymnist"),
     ):
         results = evaluate.read_results(ROOT / "results" / f"{name}__mopoe__0.json")
