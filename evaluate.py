@@ -4,7 +4,8 @@
     python evaluate.py RESULTS.json...   only what the runs gave, side by side
 
 Through the models' public face only (prior, posterior, decode). The protocol is that of Sutter et
-al. 2021, App. B; where it or the released code differs, the text beside the metric says so.
+al. 2021, App. B; where this or the released code differs from it, the text beside the metric says
+so.
 """
 
 import argparse

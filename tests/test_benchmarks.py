@@ -82,6 +82,12 @@ def test_mistakes_in_a_benchmarks_options_are_one_line(mistake, monkeypatch, cap
     assert argv[-1].split("=")[-1] in error
 
 
+def test_the_rate_of_a_product_leaves_tf32_off(throughput):
+    """Else what is measured next would not be in float32."""
+    assert throughput.matrix_rate(torch.float32, torch.device("cpu"), 8) > 0
+    assert not torch.backends.cuda.matmul.allow_tf32
+
+
 def test_a_contender_that_dies_ends_the_others(throughput):
     options = argparse.Namespace(device="cpu", batch_size=2, latent_dim=2)
     waits, dies = (throughput.Contender(f"{name} float32", options) for name in ("mopoe", "none"))
