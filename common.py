@@ -2,9 +2,9 @@
 
 In this order: modalities, Gaussian algebra, likelihoods, the chores of a run, networks.
 
-Notation: M modalities, B examples, D latent dimensions, S subsets of modalities. A batch is
-`(x, observed)`: x maps each modality's name to a tensor (B, *shape), observed is a (B, M) boolean
-mask, or None where everything is observed.
+Notation: M modalities, B examples, D latent dimensions; in shapes S is a number of subsets of
+modalities, elsewhere one subset. A batch is `(x, observed)`: x maps each modality's name to a
+tensor (B, *shape), observed is a (B, M) boolean mask, or None where everything is observed.
 """
 
 import argparse

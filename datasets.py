@@ -32,7 +32,7 @@ from sklearn.model_selection import train_test_split
 
 from common import Modality, UserError, replace
 
-# What the papers that have a data set train it with, wherever a method has no setting of its own.
+# For each data set the settings of the papers that use it; a script's DEFAULTS override them.
 MVAE_ON_MNIST = dict(epochs=500, batch_size=100, lr=1e-3, latent_dim=64)
 MVAE_ON_CELEBA = dict(epochs=100, batch_size=100, lr=1e-4, latent_dim=100)
 OWN_ON_DIGITS = dict(epochs=100, batch_size=64, lr=1e-3, latent_dim=16)

@@ -1,11 +1,11 @@
 """Every metric of the papers, for any method and data set.
 
-    python evaluate.py RUN...            the evaluation that ended each run, once more
-    python evaluate.py RESULTS.json...   only what the runs gave, side by side
+    python evaluate.py RUN...            repeat the evaluation that ended each run
+    python evaluate.py RESULTS.json...   only compare what the runs gave, side by side
 
-Through the models' public face only (prior, posterior, decode). The protocol is that of Sutter et
-al. 2021, App. B; where this or the released code differs from it, the text beside the metric says
-so.
+It uses only the models' public methods prior, posterior and decode. The protocol is that of Sutter
+et al. 2021, App. B; where this or the released code differs from it, the metric's docstring or
+comment says so.
 """
 
 import argparse

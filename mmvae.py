@@ -16,14 +16,14 @@ With w_m^k = p(z_m^k, x) / q(z_m^k|x) and z_m^k ~ q_m, k = 1 … K, `--objective
     iwae          1/M Σ_m log 1/K Σ_k w_m^k, Eq. (3), the paper's own, looser bound
     iwae-tight    log of the mean of all M K weights, Eq. (5) of the supplement
     dreg          iwae with the published doubly reparametrised gradient, Eq. (8); biased for M > 1
-                  and K > 1: with weights normalised for each expert on its own the scores that it
-                  leaves out, the mixture's at samples of q_m, no longer cancel over m
+                  and K > 1: it leaves out the scores of the mixture at samples of q_m, which no
+                  longer cancel over m once weights are normalised for each expert on its own
     dreg-tight    the same for iwae-tight, where samples of each expert leave it biased for M > 1
     dreg-mixture  iwae with the unbiased gradient derived in `doubly_reparametrised`
     elbo-is       elbo with component KLs, M decodings in place of M² (supplement, App. B); its
                   variance is finite only while no expert's scale is √2 (Laplace: 2) times another's
-The value is always the bound itself, whatever the gradient; as K grows only iwae-tight rises to
-log p(x), iwae to 1/M Σ_m log E_q_m[w], which is at most that.
+The value is always the bound itself, whatever the gradient. As K grows, iwae-tight rises to
+log p(x), but iwae only to 1/M Σ_m log E_q_m[w], which is at most that.
 """
 
 import argparse

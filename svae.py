@@ -15,27 +15,29 @@ Expected on polydigits: coherence of the modalities not given, given 1, 2, 3, 4:
 joint coherence 9 %; latent accuracy given all 97 %.
 
 A step takes a batch of complete tuples (of which `--supervision` leaves a share) and a batch of
-each modality alone, drawn from all tuples, where the paper has unpaired data; so with `svae` the
-modalities of a complete tuple have their ELBOs twice. With two modalities `--objective` is one of
+each modality alone. The latter are drawn from all tuples, not from unpaired data as in the paper,
+so with the objective `svae` the modalities of a complete tuple have their ELBOs twice. With two
+modalities `--objective` is one of
     svae      Eq. (7) - (10), p(z|x_i) replaced by q(z|x_i): for a complete tuple
               E_q(z|x1,x2)[log p(x1|z) + log p(x2|z)]
               - KL(q(z|x1,x2) || q(z|x1)) - KL(q(z|x1,x2) || q(z|x2)) and the ELBOs of its
               modalities; for a modality alone its ELBO
     vaevae    without the ELBOs of a complete tuple's modalities ("SVAE*")
 
-With more modalities (App. D) a subset S has a form for every filler f in S,
+With more modalities (App. D) one given modality, the filler f, supplies all missing experts, and a
+subset S has a form for every f in S (the whole set has one form):
 
-    q^f(z|x_S) ∝ Π_{j in S} e_j^j(z|x_j) Π_{k not in S} e_k^f(z|x_f),
+    q^f(z|x_S) ∝ Π_{j in S} e_j^j(z|x_j) Π_{k not in S} e_k^f(z|x_f).
 
-the whole has one; that one filler stands in for all missing experts when M > 3 is this project's
-reading. Every S with |S| >= 2 adds E_q(z|x_S)[Σ_{i in S} log p(x_i|z)] - Σ_{i in S} KL(q(z|x_S) ||
-q(z|x_S without x_i)), and all but the whole also - KL(q(z|x_S) || p(z)), each summed over the forms
-of the posteriors in it. That reads (D.29) without its KL to the absent modality's posterior, and
-(D.31) as a sum over unordered pairs. `svae` adds the ELBOs of a complete tuple's modalities here,
-too, as Eq. (7) does and the released code; (D.30) has those of unpaired data only, which is
-`vaevae`. With five modalities that is 220 decodings of a complete tuple. With `--expectation
-stratified` it has the terms of one random S with 1 < |S| < M only, times the inverse of that S's
-share of the batch: the same in expectation, at 18 decodings.
+One filler for all missing experts is, when M > 3, this project's reading. Every S with |S| >= 2
+adds E_q(z|x_S)[Σ_{i in S} log p(x_i|z)] - Σ_{i in S} KL(q(z|x_S) || q(z|x_S without x_i)), and all
+but the whole also - KL(q(z|x_S) || p(z)), each summed over the forms of the posteriors in it. Of
+(D.29) this leaves out the KL to the absent modality's posterior; (D.31) is taken as a sum over
+unordered pairs. `svae` adds the ELBOs of a complete tuple's modalities here, too, as do Eq. (7) and
+the released code; `vaevae` is (D.30), which has the ELBOs of unpaired data only. With five
+modalities that is 220 decodings of a complete tuple. With `--expectation stratified` it has, of the
+S with 1 < |S| < M, the terms of one random S only, times the inverse of that S's share of the
+batch: the same in expectation, at 18 decodings.
 """
 
 import itertools

@@ -2,8 +2,9 @@
 2019, as Kutuzova, Krause, McCloskey, Nielsen and Igel, "Multimodal Variational Autoencoders for
 Semi-Supervised Learning: In Defense of Product-of-Experts", 2021, state and measure it.
 
-Every subset of the modalities has a posterior of its own, variant (b): for two or more modalities a
-joint network with its own encoders. `--joint poe` is variant (a), the product of the q(z|x_i).
+Every subset of the modalities has a posterior of its own. For two or more modalities it is a joint
+network with its own encoders, the 2021 paper's variant (b); `--joint poe` is its variant (a), the
+product of the q(z|x_i).
 
     python vaevae.py                                   polydigits, some six minutes on two CPU cores
     python vaevae.py --dataset polymnist --beta 2.5    the other four's β, D and batch
@@ -13,20 +14,21 @@ Expected on polydigits, there with `--joint poe`: coherence of the modalities no
 3, 4: 53, 70, 79, 83 %; joint coherence 3 %; latent accuracy given all 98 %.
 
 A step takes a batch of complete tuples (of which `--supervision` leaves a share) and a batch of
-each modality alone, drawn from all tuples, where the paper has unpaired data; so with `svae` the
-modalities of a complete tuple have their ELBOs twice. With two modalities `--objective` is one of
+each modality alone. The latter are drawn from all tuples, not from unpaired data as in the paper,
+so with the objective `svae` the modalities of a complete tuple have their ELBOs twice. With two
+modalities `--objective` is one of
     vaevae    E_q(z|x1,x2)[log p(x1|z) + log p(x2|z)] - KL(q(z|x1,x2) || q(z|x1))
               - KL(q(z|x1,x2) || q(z|x2)) for a complete tuple, the ELBO for a modality alone
     svae      Eq. (7) - (10): a complete tuple has the ELBOs of its modalities too ("VAEVAE*")
 
 With more modalities, Eq. (D.28) - (D.31), every subset S of a complete tuple with |S| >= 2 adds
 E_q(z|x_S)[Σ_{i in S} log p(x_i|z)] - Σ_{i in S} KL(q(z|x_S) || q(z|x_S without x_i)), and all but
-the whole also - KL(q(z|x_S) || p(z)). That reads (D.29) without its KL to the absent modality's
-posterior, and (D.31) as a sum over unordered pairs. `svae` adds the ELBOs of a complete tuple's
-modalities here, too, as the released code of VAEVAE* does; (D.30) has those of unpaired data only.
-With five modalities that is 75 decodings of a complete tuple. With `--expectation stratified` it
-has the terms of one random S with 1 < |S| < M only, times the inverse of that S's share of the
-batch: the same in expectation, at 8 decodings.
+the whole also - KL(q(z|x_S) || p(z)). Of (D.29) this leaves out the KL to the absent modality's
+posterior; (D.31) is taken as a sum over unordered pairs. `svae` adds the ELBOs of a complete
+tuple's modalities here, too, as the released code of VAEVAE* does; (D.30) has the ELBOs of unpaired
+data only. With five modalities that is 75 decodings of a complete tuple. With `--expectation
+stratified` it has, of the S with 1 < |S| < M, the terms of one random S only, times the inverse of
+that S's share of the batch: the same in expectation, at 8 decodings.
 """
 
 import itertools
