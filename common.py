@@ -234,6 +234,8 @@ def hide(x, observed, modalities):
 
 # ------------------------------------------------------------------------------------- a run
 
+STOPPED = "training stops, earlier checkpoints are kept; a lower --lr may help"
+
 
 def fail(message):
     """End the program with one line on standard error and exit code 2."""
@@ -475,7 +477,9 @@ def open_run(args, script, source, start=0):
     else:
         stamp = time.strftime("%Y%m%d-%H%M%S")
         stem = f"{Path(args.dataset).stem}__{Path(script).stem}__{args.seed}__{stamp}"
-        Path(args.runs_dir).mkdir(parents=True, exist_ok=True)
+        # The cache is needed after training only, too late to hear that it cannot be.
+        for folder in (args.runs_dir, *(() if args.no_eval else (args.cache_dir,))):
+            Path(folder).mkdir(parents=True, exist_ok=True)
         for n in itertools.count(1):
             run = Path(args.runs_dir) / (stem if n == 1 else f"{stem}-{n}")
             with contextlib.suppress(FileExistsError):
@@ -526,7 +530,12 @@ def replace(path, content):
 
 
 def save_checkpoint(run, model, optimizer, epoch, config):
-    """Write run/checkpoint.pt: which class of which script with which arguments, and its state."""
+    """Write run/checkpoint.pt: which class of which script with which arguments, and its state.
+    Raises UserError, leaving the last one, where a weight or a moment of Adam's is not finite."""
+    tensors = [*model.parameters(), *(t for s in optimizer.state.values() for t in s.values())]
+    # `epoch_row` has seen the values before the last step's update only.
+    if not all(t.isfinite().all() for t in tensors):
+        raise UserError(f"epoch {epoch}: weights or Adam's moments are not finite; {STOPPED}")
     state = {
         "script": Path(inspect.getfile(type(model))).stem,
         "class": type(model).__name__,
@@ -598,8 +607,7 @@ def epoch_row(epoch, names, log, began, tuples):
     if not log.isfinite().all():
         step, term = (~log.isfinite()).nonzero()[0].tolist()
         raise UserError(
-            f"epoch {epoch}, step {step + 1}: {names[term]} is {log[step, term].item()}; "
-            "training stops, earlier checkpoints are kept; a lower --lr may help"
+            f"epoch {epoch}, step {step + 1}: {names[term]} is {log[step, term].item()}; {STOPPED}"
         )
     means = dict(zip(names, log.mean(0).tolist(), strict=True))
     return {"epoch": epoch} | means | {"tuples_per_second": tuples / (time.monotonic() - began)}

@@ -3,9 +3,9 @@
     python evaluate.py RUN...            repeat the evaluation that ended each run
     python evaluate.py RESULTS.json...   only compare what the runs gave, side by side
 
-It uses only the models' public methods prior, posterior and decode. The protocol is that of Sutter
-et al. 2021, App. B; where this or the released code differs from it, the metric's docstring or
-comment says so.
+Of a model it calls prior, posterior and decode only, and lets each encoder run once a tuple. The
+protocol is that of Sutter et al. 2021, App. B; where this or the released code differs from it, the
+metric's docstring or comment says so.
 """
 
 import argparse
@@ -200,6 +200,8 @@ def classifiers(train, test, modalities, strips, cache_dir):
         own = {type(m) for m in net.modules() if not type(m).__module__.startswith("torch")}
         code = [inspect.getsource(train_classifier), *sorted(map(inspect.getsource, own))]
         key = [used, repr(net), code, torch.__version__]
+        if name == WHOLE:
+            key += [*map(inspect.getsource, (resnet18, whole)), torchvision.__version__]
         build = functools.partial(train_classifier, net, seen, train)
         net.load_state_dict(datasets.cached(cache_dir, "classifier", key, build))
         net.eval()

@@ -87,10 +87,9 @@ class MoPoE(nn.Module):
         self.latent_dim, self.private_dim = latent_dim, private_dim
         self.beta, self.subsets, self.expectation, self.kl = beta, subsets, expectation, kl
         self.prior_expert = prior_expert
-        width = latent_dim + private_dim
+        width, M = latent_dim + private_dim, len(modalities)
         self.encoders = nn.ModuleList(encoder(m, 2 * width) for m in modalities)
         self.decoders = nn.ModuleList(decoder(m, width) for m in modalities)
-        M = len(modalities)
         if prior_expert and subsets == "singletons":
             raise UserError("--prior-expert: is for the full set, which --subsets singletons lacks")
         if subsets == "all" and M > 10:
@@ -102,8 +101,7 @@ class MoPoE(nn.Module):
         masks = {"singletons": self.singletons, "full": torch.ones(1, M).bool()}
         masks = subset_masks(M) if subsets == "all" else masks[subsets]
         self.register_buffer("masks", masks, persistent=False)  # (S, M)
-        total_dim = latent_dim + M * private_dim
-        self.register_buffer("zeros", torch.zeros(total_dim), persistent=False)
+        self.register_buffer("zeros", torch.zeros(latent_dim + M * private_dim), persistent=False)
 
     def prior(self):
         """p(z) = N(0, I), event shape (D,)."""
@@ -127,7 +125,7 @@ class MoPoE(nn.Module):
 
     def encode(self, x):
         """Mean and log-variance of the experts q(c, s_i|x_i), (M, B, latent_dim + private_dim)
-        each; N(0, I) stands for a modality that is not in x."""
+        each; zeros stand for a modality that is not in x."""
         heads = {
             m.name: encode(x[m.name])
             for m, encode in zip(self.modalities, self.encoders, strict=True)
@@ -187,7 +185,7 @@ class MoPoE(nn.Module):
             means, logvars, share = mu, logvar, weights
         z = means + torch.exp(0.5 * logvars) * torch.randn_like(means)  # (1 or S, B, D)
 
-        # E_q(z|X)[Σ_i λ_i log p(x_i|z)]
+        # Eq. (6): E_q(z|X)[Σ_i λ_i log p(x_i|z)]
         reconstruction, log_px = 0.0, {}
         given = [m for m in self.modalities if m.name in x]
         for i, (m, p) in enumerate(zip(given, self.decode(z, x).values(), strict=True)):
@@ -196,7 +194,7 @@ class MoPoE(nn.Module):
             reconstruction = reconstruction + m.weight * log_p
             log_px[f"log_px/{m.name}"] = log_p.detach().sum() / seen.sum().clamp(min=1)
 
-        # KL(q(z|X) || p(z)), or the mean of KL(q(z|x_S) || p(z)): by convexity an upper bound of it
+        # - β KL(q(z|X) || p(z)), or the mean of KL(q(z|x_S) || p(z)): an upper bound by convexity
         if self.kl == "components":
             kl = (weights * gaussian_kl(mu, logvar)).sum(0)
         else:

@@ -131,8 +131,8 @@ class MVAE(nn.Module):
         }
 
     def encode(self, x):
-        """Mean and log-variance of the experts of c and s_i, (M, B, latent_dim + private_dim) each;
-        zeros stand for a modality that is not in x."""
+        """Mean and log-variance of the experts q~(c, s_i|x_i), (M, B, latent_dim + private_dim)
+        each; zeros stand for a modality that is not in x."""
         heads = {
             m.name: encode(x[m.name])
             for m, encode in zip(self.modalities, self.encoders, strict=True)

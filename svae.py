@@ -3,7 +3,7 @@ Semi-Supervised Learning: In Defense of Product-of-Experts", 2021.
 
 The posterior is a product of Gaussian experts, one for each modality, without the prior. The expert
 of a missing modality is replaced by one that another modality's encoder supplies, so M modalities
-have M² encoders: e_k^f(z|x_f) is expert k as computed from modality f. With two modalities
+have M² encoders: e_k^f(z|x_f) is expert k as computed from modality f. With two, Eq. (3) - (5),
 
     q(z|x1,x2) ∝ q1(z|x1) q2(z|x2),  q(z|x1) ∝ q1(z|x1) q2*(z|x1),  q(z|x2) ∝ q2(z|x2) q1*(z|x2).
 
@@ -105,7 +105,8 @@ class SVAE(nn.Module):
             nn.ModuleList(encoder(m, 2 * latent_dim) for _ in modalities) for m in modalities
         )
         self.decoders = nn.ModuleList(decoder(m, latent_dim) for m in modalities)
-        # The forms of each subset, and a form's experts as the pairs (k, f) of their names.
+        # Eq. (3) - (5), (D.32) - (D.36): the forms of each subset, a form's experts as the pairs
+        # (k, f) of their names.
         self.forms = {}
         for S in (S for n in range(1, M + 1) for S in itertools.combinations(names, n)):
             missing = [k for k in names if k not in S]

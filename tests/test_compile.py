@@ -164,6 +164,7 @@ def test_compiled_for_a_gpu_float32_without_tf32_is_no_cause_for_a_warning(confi
             "TensorFloat32 tensor cores for float32 matrix multiplication …", stacklevel=1
         )
     assert not seen
+    assert not torch.backends.cuda.matmul.allow_tf32  # densities are products of experts, too
 
 
 class Recorder:

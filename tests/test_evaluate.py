@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import importlib
+import inspect
 import itertools
 import json
 import re
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from conftest import ROOT
 from exact import SCALE, log_p, modalities, sample_x, set_decoders, set_exact_experts
 from torch import nn
@@ -387,6 +389,7 @@ def test_what_is_generated_is_given_what_its_title_says():
 
 def test_the_protocol_is_that_of_sutter_et_al():
     assert evaluate.LATENT_TRAIN == 500 and evaluate.IMPORTANCE_SAMPLES == 15
+    assert evaluate.JOINT_SAMPLES == 10_000 and evaluate.WATCHED == 1000
 
 
 def test_of_a_mixture_the_representation_is_one_components_mean():
@@ -404,6 +407,38 @@ def test_classifiers_do_not_depend_on_likelihood_weights(tmp_path, monkeypatch):
         modalities = [dataclasses.replace(m, weight=weight) for m in data.modalities]
         evaluate.classifiers(data.train, data.test, modalities, False, tmp_path)
     assert len(list(tmp_path.iterdir())) == 2  # one of each modality
+
+
+def test_a_classifier_is_kept_under_all_that_it_depends_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "train_classifier", lambda net, seen, split: net.state_dict())
+    modalities = [Modality(name, (1, 4, 8), network="linear") for name in ("top", "bottom")]
+
+    def tuples(seed):
+        x = torch.rand(2, 20, 1, 4, 8, generator=torch.Generator().manual_seed(seed))
+        return dict(zip(("top", "bottom"), x, strict=True)), torch.arange(20) % 3
+
+    data = [datasets.from_tensors(tuples(seed), tuples(2), modalities) for seed in (0, 1)]
+
+    def files(data, modalities=modalities):
+        evaluate.classifiers(data.train, data.test, modalities, True, tmp_path)
+        return len(list(tmp_path.iterdir()))
+
+    assert files(data[0]) == files(data[0]) == 3  # of each modality, and of the whole image
+    assert files(data[1]) == 6
+    assert files(data[0], [dataclasses.replace(m, network="mlp") for m in modalities]) == 8
+    source = inspect.getsource
+    for changed in (evaluate.train_classifier, evaluate.whole, evaluate.resnet18):
+        before = files(data[0])
+        with monkeypatch.context() as patch:
+            other = lambda thing, changed=changed: source(thing) + "#" * (thing is changed)
+            patch.setattr(inspect, "getsource", other)
+            now = files(data[0])
+        assert now == before + (3 if changed is evaluate.train_classifier else 1)
+    for library, more in ((torch, 3), (torchvision, 1)):
+        before = files(data[0])
+        with monkeypatch.context() as patch:
+            patch.setattr(library, "__version__", "0")
+            assert files(data[0]) == before + more
 
 
 # --------------------------------------------------------------------- by hand and by closed form

@@ -3,6 +3,7 @@
 import math
 
 import exact
+import numpy as np
 import pytest
 import torch
 from exact import (
@@ -405,11 +406,27 @@ def test_released_assignment_by_position_gives_the_full_set_too_much():
         k = torch.arange(S).repeat_interleave(B // S)
         return torch.cat([k, torch.full((B - len(k),), S - 1)])
 
+    model = MoPoE(exact.modalities(5), latent_dim=5)
+    decode, seen = model.decode, []
+
+    def narrow_experts(x):  # with means so far apart that z tells its subset
+        mu = torch.eye(5)[:, None].expand(5, len(x["x0"]), 5)
+        return mu, torch.full_like(mu, -20.0)
+
+    def recording(z, names=None):
+        seen.append(((z - 1 / 5).abs().amax(-1) < 0.01).float().mean().item())
+        return decode(z, names)
+
+    model.encode, model.decode = narrow_experts, recording
     for B, share in ((256, 16 / 256), (16, 1.0)):
         assert (released(31, B) == 30).float().mean().item() == pytest.approx(share)
         torch.manual_seed(0)
-        ours = torch.stack([mopoe.stratified(torch.full((31, B), 1 / 31)) for _ in range(500)])
-        assert (ours == 30).float().mean().item() == pytest.approx(1 / 31, abs=0.01)
+        x, seen = sample_x(model, B), []
+        for _ in range(500):
+            model.objective(x)
+        # Evenly over each batch, so it is B / 31 rounded down or up.
+        assert {round(s * B) for s in seen} <= {B // 31, B // 31 + 1}
+        assert np.mean(seen) == pytest.approx(1 / 31, abs=4 * 0.5 / B / 500**0.5)
 
 
 # ---------------------------------------------------------------------- faults not inherited

@@ -7,6 +7,7 @@ import csv
 import dataclasses
 import importlib
 import inspect
+import io
 import itertools
 import json
 import math
@@ -31,6 +32,7 @@ import pytest
 import tiny
 import torch
 from conftest import ROOT, STARTED
+from tqdm import tqdm
 
 import common
 import datasets
@@ -111,7 +113,7 @@ def rows(path):
 
 
 def scalars(path, name="objective"):
-    """{epoch: objective} as TensorBoard shows it."""
+    """{epoch: value} of a name as TensorBoard shows it."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     # TensorBoard reads files by name, where a tenth writer of one second comes before the ninth.
@@ -157,7 +159,10 @@ def test_a_run_leaves_what_it_promises(script, tmp_path, capsys):
         "tuples_per_second",
     ]
     assert float(table[-1]["objective"]) > float(table[0]["objective"])
-    assert scalars(path).keys() == {1, 2, 3}
+    for name in table[0]:
+        assert scalars(path, name) == {
+            int(row["epoch"]): pytest.approx(float(row[name]), rel=1e-6) for row in table
+        }
 
     results = json.loads((path / "results.json").read_text())
     subsets = ["vector", "label", "vector+label"]
@@ -941,6 +946,13 @@ def test_a_run_folder_that_cannot_be_written_is_named(script, tmp_path, capsys):
 
 
 @every_script
+def test_a_cache_folder_that_cannot_be_made_is_named_before_training(script, tmp_path, capsys):
+    (tmp_path / "cache").write_text("a file")
+    assert run(script, tmp_path, "--cache-dir", str(tmp_path / "cache"), expect=2) is None
+    one_line(capsys, str(tmp_path / "cache"))
+
+
+@every_script
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_cuda_where_there_is_none(script, tmp_path, capsys):
     assert run(script, tmp_path, "--device", "cuda", expect=2) is None
@@ -1011,6 +1023,64 @@ def test_a_value_that_is_not_finite_stops_the_run_before_the_checkpoint(
     one_line(capsys, "epoch 2, step 5", "objective is nan")
     assert (path / "checkpoint.pt").read_bytes() == before
     assert len(rows(path)) == 1
+
+
+@every_script
+@pytest.mark.parametrize("poison", [math.nan, 1e30])  # 1e30 leaves the weights finite, not Adam's v
+def test_weights_that_are_not_finite_never_become_a_checkpoint(
+    script, poison, tmp_path, capsys, monkeypatch
+):
+    path = run(script, tmp_path, "--no-eval", "--epochs", "1")
+    before = (path / "checkpoint.pt").read_bytes()
+    adam, calls = torch.optim.Adam.step, []
+
+    def poisoned(optimizer):
+        calls.append(optimizer)
+        if len(calls) == 200 // 16:  # the epoch's last step: its objectives are known by then
+            optimizer.param_groups[0]["params"][-1].grad.fill_(poison)
+        adam(optimizer)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", poisoned)
+    with pytest.raises(SystemExit) as stop:
+        resume(script, path, "--epochs", "2")
+    assert stop.value.code == 2
+    one_line(capsys, "epoch 2", "not finite", "earlier checkpoints are kept")
+    assert (path / "checkpoint.pt").read_bytes() == before
+
+
+@every_script
+def test_the_bar_counts_tuples_and_names_the_objective(script, tmp_path, monkeypatch):
+    shown = io.StringIO()
+    forced = dict(disable=False, file=shown)
+    monkeypatch.setattr(common, "tqdm", lambda **options: tqdm(**options | forced))
+    path = run(script, tmp_path, "--no-eval", "--epochs", "2")
+    last = shown.getvalue().strip().splitlines()[-1].split("\r")[-1]
+    assert last.startswith("tiny: 100%") and "384/384" in last  # 2 epochs of 12 steps of 16
+    assert f"epoch 2, objective {float(rows(path)[-1]['objective']):.1f}" in last
+
+
+@every_script
+def test_what_is_logged_is_what_is_optimised(script, tmp_path, monkeypatch):
+    losses, backward = [], torch.Tensor.backward
+
+    def recording(loss):
+        losses.append(loss.item())
+        backward(loss)
+
+    monkeypatch.setattr(torch.Tensor, "backward", recording)
+    path = run(script, tmp_path, "--no-eval", "--epochs", "1")
+    assert float(rows(path)[0]["objective"]) == pytest.approx(-np.mean(losses), rel=1e-6)
+
+
+@every_script
+def test_training_never_sees_the_test_data_and_keeps_the_last_epoch(script, tmp_path, monkeypatch):
+    monkeypatch.setattr(tiny, "load", lambda args, load=tiny.load: without_test(load(args)))
+    path = run(script, tmp_path, "--no-eval", "--eval-every", "2")
+    assert torch.load(path / "checkpoint.pt", weights_only=True)["epoch"] == 3
+
+
+def without_test(data):
+    return dataclasses.replace(data, test=None)
 
 
 @pytest.mark.parametrize(
