@@ -463,6 +463,7 @@ def open_run(args, script, source, start=0):
     logs cut to `start` epochs.
     """
     print(f"{args.dataset}: {source}", flush=True)
+    device = parse_device(args.device)
     if not Path(script).stem.isidentifier():
         raise UserError(f"{script}: its name must be a Python identifier, for evaluate.py")
     if args.resume:
@@ -492,6 +493,7 @@ def open_run(args, script, source, start=0):
         "versions": {"python": platform.python_version()}
         | {module.__name__: module.__version__ for module in (torch, np, sklearn)},
         "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
     }
     replace(run / "args.json", (json.dumps(facts, indent=2) + "\n").encode())
     return run, SummaryWriter(run, purge_step=start + 1)

@@ -909,9 +909,10 @@ def report(
         "epochs": args.epochs,
         "seed": args.seed,
         "options": {k: v for k, v in vars(args).items() if k not in CIRCUMSTANCES},
-        "trained_with": {k: facts.get(k) for k in ("git", "versions", "threads")},
+        "trained_with": {k: facts.get(k) for k in ("git", "versions", "threads", "device")},
         "latent_train": min(latent_train, len(data.train)),
         "importance_samples": samples,
+        "proposals": proposals,
     } | evaluate(model, data, args, latent_train, samples, proposals)
     replace(run / "results.json", (json.dumps(results, indent=2) + "\n").encode())
     draw_samples(run / "samples", model, data)

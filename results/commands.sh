@@ -1,5 +1,5 @@
 #!/bin/sh
-# This folder's results, made anew from the repository's root: days on two CPU cores. MNIST must be in
+# This folder's files, made anew from the repository's root: days on two CPU cores. MNIST must be in
 # $MULTIMODAL_DATA (or data/), for the blocks that name them FashionMNIST, SVHN and CelebA too. Of SVHN
 # and CelebA a part was at hand: with all of them the numbers will differ. Each block can be run alone.
 # The results were made by these commands one by one, not by this script in one go.
@@ -74,6 +74,7 @@ python evaluate.py results/polymnist__mopoe__0.json results/polymnist-beta__*.js
 run_full polymnist-seed__mopoe__1 mopoe --dataset polymnist --beta 2.5 --seed 1 --amp --epochs 20
 run_full polymnist-batch__mopoe__0 mopoe --dataset polymnist --beta 2.5 --batch-size 1024 --lr 2e-3 \
     --amp --epochs 20
+# These two were made as --resume of the one before, which on a CPU comes to the same.
 run_full polymnist-batch-50__mopoe__0 mopoe --dataset polymnist --beta 2.5 --batch-size 1024 --lr 2e-3 \
     --amp --epochs 50
 run_full polymnist-batch-80__mopoe__0 mopoe --dataset polymnist --beta 2.5 --batch-size 1024 --lr 2e-3 \
@@ -198,7 +199,8 @@ python benchmarks/throughput.py --methods mopoe mvae mmvae-k1 mmvae-k10 svae sva
 python benchmarks/throughput.py --methods mmvae-k10 --modes float32 bf16 --windows 7 --seconds 2 \
     --json results/throughput_k10_cpu.json
 python benchmarks/evaluation.py --modes bf16 --json results/evaluation_cpu.json
-# throughput_epyc.json, of another machine, says its command (but for --json).
+# throughput_epyc.json, of another machine, says its command, but for --json and for --methods mopoe mvae
+# mmvae-k1 mmvae-k10 svae vaevae, which were all there were.
 
 # On a GPU, the first two with nothing beside them:
 unset CUDA_VISIBLE_DEVICES
@@ -212,11 +214,13 @@ python benchmarks/whole_run.py mopoe --dataset polymnist --beta 2.5 --amp --cach
 cp "runs/$long"/*/results.json "results/$long.json"
 cp "runs/$long"/*/metrics.csv "results/$long.csv"
 cp "runs/$long"/*/samples/from_m1.png results/polymnist-300_from_m1.png
-run polymnist-h200__mopoe__0 mopoe --dataset polymnist --beta 2.5 --amp --epochs 20
+# By the same classifiers, trained on this machine.
+cache="--cache-dir runs/nothing-cached"
+run polymnist-h200__mopoe__0 mopoe --dataset polymnist --beta 2.5 --amp --epochs 20 $cache
 for seed in 0 1 2; do
     export NVIDIA_TF32_OVERRIDE=0
-    run "polydigits-h200-exact__mopoe__$seed" mopoe --seed "$seed"
+    run "polydigits-h200-exact__mopoe__$seed" mopoe --seed "$seed" $cache
     unset NVIDIA_TF32_OVERRIDE
-    run "polydigits-h200-tf32__mopoe__$seed" mopoe --seed "$seed"
-    run "polydigits-h200-amp__mopoe__$seed" mopoe --seed "$seed" --amp
+    run "polydigits-h200-tf32__mopoe__$seed" mopoe --seed "$seed" $cache
+    run "polydigits-h200-amp__mopoe__$seed" mopoe --seed "$seed" --amp $cache
 done

@@ -1,6 +1,8 @@
 """README's worked example and commands do what README says."""
 
 import csv
+import importlib
+import itertools
 import json
 import re
 import shutil
@@ -407,6 +409,48 @@ def test_the_table_of_a_gpu_is_that_of_results():
         few = f"{found[f'{method} float32']['times_the_peer']:.1f}"
         cells = rates, peer, times, shares, plain, few
         assert f"| `{method}.py` | {' | '.join(cells)} |" in README
+
+
+def test_commands_sh_makes_every_file_of_results_with_the_options_in_it(tmp_path):
+    """Run with programs that only print their arguments. A file may be older than an option."""
+    for program in ("python", "cp", "rm", "mkdir", "nvidia-smi"):
+        (tmp_path / program).write_text("#!/bin/sh\nprintf '%s\\037' \"$@\"\necho\n")
+        (tmp_path / program).chmod(0o755)
+    shell = ["/bin/sh", str(ROOT / "results" / "commands.sh")]
+    printed = subprocess.check_output(shell, cwd=tmp_path, env={"PATH": str(tmp_path)}, text=True)
+    made, trained, evaluated = [], {}, {}  # files, and by the run's folder options
+    for first, *words in (line.split("\x1f")[:-1] for line in printed.splitlines()):
+        after = dict(itertools.pairwise(words))
+        made += [after[o] for o in ("--json", "--figure", "--side-by-side") if o in after]
+        if "--runs-dir" in after:  # a script's, of which benchmarks/whole_run.py has the name
+            script = words.pop(0) if first.startswith("benchmarks/") else first[: -len(".py")]
+            trained[after["--runs-dir"]] = script, words[: words.index("--runs-dir")]
+        elif first == "evaluate.py" and words[0] in ("--importance-samples", "--proposals"):
+            evaluated[words[-1][: -len("/*")]] = after
+        elif len(words) == 1 and words[0].startswith("results/"):  # of cp
+            made += words
+            folder = first[: first.index("/*/")]
+            if first.endswith("/results.json"):
+                as_commanded(words[0], *trained[folder], evaluated.get(folder, {}))
+    there = {f"results/{path.name}" for path in (ROOT / "results").iterdir()}
+    by_hand = ("README.md", "commands.sh", "papers.json", "throughput_epyc.json")
+    assert sorted(made) == sorted(there - {f"results/{name}" for name in by_hand})
+    shown = re.findall(r"\]\((?:results/)?(\S+\.png)\)", README + RESULTS)
+    assert {f"results/{name}" for name in shown} == {n for n in there if n.endswith(".png")}
+
+
+def as_commanded(file, script, argv, protocol):
+    """Whether a results.json has the options of its command, and log p(X) as asked for."""
+    found, arguments = evaluate.read_results(ROOT / file), importlib.import_module(script).arguments
+    own = {name: found[name] for name in ("dataset", "epochs", "seed")}
+    defaults = vars(arguments(["--dataset", found["dataset"]]))
+    recorded = defaults | found["options"] | own
+    for name, value in vars(arguments(argv)).items():
+        if name in own or name not in evaluate.CIRCUMSTANCES:
+            assert recorded[name] == value, (file, name)
+    assert found["importance_samples"] == int(protocol.get("--importance-samples", 15)), file
+    sizes = {key.count("+") for key in found if key.startswith("log_likelihood/")}
+    assert (len(sizes) == 1) == (protocol.get("--proposals") == "full"), file
 
 
 def test_the_300_epochs_are_as_their_log_has_them():

@@ -147,6 +147,7 @@ def test_a_run_leaves_what_it_promises(script, tmp_path, capsys):
     assert facts["source"] == "made for tests" and facts["options"]["latent_dim"] == 3
     assert facts["threads"] == torch.get_num_threads() and facts["git"]
     assert facts["versions"]["torch"] == torch.__version__
+    assert facts["device"] == "cpu"
 
     table = rows(path)
     assert [row["epoch"] for row in table] == ["1", "2", "3"]
@@ -179,7 +180,7 @@ def test_a_run_leaves_what_it_promises(script, tmp_path, capsys):
     expected |= {f"coherence_by_inputs/{n}/with_inputs" for n in (1, 2)}
     expected |= {f"classifier_accuracy/{name}" for name in ("vector", "label")}
     facts_of = dict(script=script, dataset="tiny", source="made for tests", epochs=3, seed=0)
-    facts_of |= dict(latent_train=200, importance_samples=15)
+    facts_of |= dict(latent_train=200, importance_samples=15, proposals="all")
     assert results.keys() == expected | facts_of.keys() | {"options", "trained_with"}
     assert facts_of.items() <= results.items() and results["options"]["latent_dim"] == 3
     assert not results["options"].keys() & {"runs_dir", "data_dir", "device", "seed"}
