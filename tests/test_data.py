@@ -208,6 +208,33 @@ def test_the_authors_images_are_used_where_they_are(tmp_path, packed):
         assert datasets.polymnist(options(tmp_path)).test.tensors["m0"][0].min() == 255
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_polymnist_is_read_as_tensors_too(tmp_path, packed):
+    folder, images = tmp_path / "MMNIST", {}
+    for part in ("train", "test"):
+        (folder / part).mkdir(parents=True)
+        torch.save(torch.tensor([3, 9, 0]), folder / part / "labels.pt")
+        for m in range(5):
+            images[part, m] = torch.randint(256, (3, 3, 28, 28), dtype=torch.uint8)
+            torch.save(images[part, m].float() / 255, folder / part / f"m{m}.pt")
+    if packed:
+        with zipfile.ZipFile(tmp_path / "PolyMNIST.zip", "w") as archive:
+            for file in folder.rglob("*.pt"):
+                archive.write(file, file.relative_to(tmp_path))
+            archive.writestr("clf/pretrained_img_to_digit_clf_m0", b"what lies beside is left out")
+    data = datasets.polymnist(options(tmp_path))
+    for (part, m), x in images.items():
+        assert getattr(data, part).tensors[f"m{m}"].equal(x)
+        assert getattr(data, part).labels.tolist() == [3, 9, 0]
+    if not packed:
+        torch.save(images["test", 2].float(), folder / "test" / "m2.pt")
+        with pytest.raises(UserError, match=r"m2.pt: is no saved.*floats must lie in 0 … 1"):
+            datasets.polymnist(options(tmp_path))
+        (folder / "train" / "labels.pt").unlink()
+        with pytest.raises(UserError, match=r"nor all of train/m0.pt … labels.pt"):
+            datasets.polymnist(options(tmp_path))
+
+
 def test_faults_of_the_authors_images_are_named(tmp_path, monkeypatch):
     make_authors(tmp_path / "PolyMNIST")
     some = tmp_path / "PolyMNIST" / "train" / "m3" / "1.7.png"
@@ -237,7 +264,8 @@ def test_download_is_checked_against_the_records_md5(monkeypatch, tmp_path):
 
     def serve(checksum):
         file = {"key": "PolyMNIST.zip", "links": {"self": "zip"}, "checksum": checksum}
-        replies = {"zip": content, datasets.ZENODO_RECORD: json.dumps({"files": [file]}).encode()}
+        files = json.dumps({"files": [file | {"key": "other.zip", "links": {}}, file]})
+        replies = {"zip": content, datasets.ZENODO_RECORD: files.encode()}
         monkeypatch.setattr(
             urllib.request, "urlopen", lambda url, timeout: io.BytesIO(replies[url])
         )
@@ -261,7 +289,42 @@ def test_without_network_the_download_says_what_to_do(fault, monkeypatch, tmp_pa
         datasets.polymnist(options(tmp_path, download=True))
 
 
+@pytest.mark.parametrize("reply", ["no JSON", "[]", '{"files": null}', '{"files": [{"key": 1}]}'])
+def test_a_record_of_another_form_is_one_line(reply, monkeypatch, tmp_path):
+    def serve(url, timeout):
+        return io.BytesIO(reply.encode())
+
+    monkeypatch.setattr(urllib.request, "urlopen", serve)
+    with pytest.raises(UserError, match=r"cannot be fetched.*put PolyMNIST.zip into"):
+        datasets.polymnist(options(tmp_path, download=True))
+
+
+def test_a_damaged_zip_is_named(tmp_path):
+    path = tmp_path / "PolyMNIST.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("train/m0/0.0.png", b"")
+    good = path.read_bytes()
+    place = good.index(b"PK\x01\x02") + 6  # of the version that the first entry needs
+    for content in (good[:30], b"", good[:place] + b"\xb5" + good[place + 1 :]):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r"PolyMNIST.zip: is not a zip file"):
+            datasets.polymnist(options(tmp_path))
+
+
 # -------------------------------------------------------------------------------------- files
+
+
+def test_what_lies_beside_mnists_files_is_not_read(tmp_path):
+    """torchvision's class would take these, of its older versions, where they are."""
+    processed = make_mnist(tmp_path) / "MNIST" / "processed"
+    processed.mkdir()
+    for name in ("training.pt", "test.pt"):
+        torch.save((torch.zeros(30, 28, 28, dtype=torch.uint8), torch.zeros(30)), processed / name)
+    (images, _), (_, labels) = datasets.mnist(tmp_path, "MNIST")[0]
+    assert len(images) == 40 and len(labels) == 20
+    (tmp_path / "MNIST" / "raw" / "t10k-labels-idx1-ubyte").unlink()
+    with pytest.raises(UserError, match=r"MNIST is not there and cannot be downloaded.*processed"):
+        datasets.mnist(tmp_path, "MNIST")
 
 
 def test_missing_mnist_says_where_to_put_it_and_what_needs_none(monkeypatch, tmp_path):
@@ -727,6 +790,28 @@ def test_a_download_that_fails_says_why_and_leaves_no_folder(fault, tmp_path, mo
     assert list(tmp_path.rglob("*")) == [empty]
 
 
+@pytest.mark.parametrize("stopped", [True, False])
+def test_svhn_is_whole_or_not_there(tmp_path, monkeypatch, stopped):
+    (tmp_path / "elsewhere").mkdir()
+    whole = make_svhn(tmp_path / "elsewhere") / "SVHN"
+
+    def download(url, folder, name, md5):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes((whole / url.rsplit("/")[-1]).read_bytes())
+        assert not list(folder.glob("train_32x32.mat")) or "test" in name
+        if stopped:
+            raise ConnectionResetError
+
+    monkeypatch.setattr(datasets, "download_url", download)
+    if stopped:
+        with pytest.raises(UserError, match="SVHN is not there and cannot be downloaded"):
+            datasets.svhn(tmp_path)
+        assert not (tmp_path / "SVHN").exists()
+    else:
+        assert len(datasets.svhn(tmp_path)[0][0][0]) == 30
+        assert len(list((tmp_path / "SVHN").iterdir())) == 2
+
+
 def no_network(*_, **__):
     raise urllib.error.URLError("no network")
 
@@ -808,6 +893,22 @@ def test_images_stand_upright(tmp_path):
     assert upper_rows_are_white(x, 5)
 
 
+def test_of_celeba_only_what_is_used_is_needed_and_cached(tmp_path):
+    folder = make_celeba(tmp_path, size=(64, 64)) / "celeba"
+    pictures, parts = folder / "img_align_celeba", folder / "list_eval_partition.txt"
+    (pictures / "000012.png").unlink()  # of the validation part
+    parts.write_bytes(b"\xef\xbb\xbf" + parts.read_bytes() + b"\n \n")  # as editors leave it
+    for _ in range(2):
+        data = datasets.load(options(tmp_path, dataset="celeba-attr"))
+        assert (len(data.train), len(data.test)) == (10, 5)
+        (pictures / ".DS_Store").write_bytes(b"")
+        (folder / "list_attr_celeba.txt").touch()
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+    Image.new("RGB", (64, 64), "white").save(pictures / "000020.png")
+    data = datasets.load(options(tmp_path, dataset="celeba-attr"))
+    assert data.test.tensors["image"][-1].min() == 255
+
+
 @pytest.mark.parametrize("size", [(178, 218), (64, 64)])
 def test_faces_are_cropped_and_go_with_their_attributes(tmp_path, size):
     make_celeba(tmp_path, size=size)
@@ -885,7 +986,8 @@ def test_faults_of_celeba_files_are_named(tmp_path):
     face.write_bytes(face.read_bytes()[:60])
     fails("000005.png is missing, damaged or no picture")
     face.unlink()
-    fails("000005.png is missing, damaged or no picture")
+    with pytest.raises(FileNotFoundError, match=r"000005.png"):
+        datasets.load(options(tmp_path, dataset="celeba-attr"))
 
 
 # ------------------------------------------------------------------------------- CUB-Captions
@@ -940,9 +1042,11 @@ def test_faults_of_cub_files_are_named(tmp_path):
     for damaged in (b"", good[:100], good[: len(good) // 2], b"some text"):
         features.write_bytes(damaged)
         fails("train.ft: is no saved tensor, or damaged")
-    for content in (torch.zeros(3, 2048), torch.zeros(4, 2047), {"x": 1}):
+    for content in (torch.zeros(3, 2048), torch.zeros(4, 2047)):
         torch.save(content, features)
         fails(r"train.ft: has .* for 40 captions, ten a picture")
+    torch.save({"x": 1}, features)
+    fails("train.ft: is no saved tensor, or damaged")
     features.unlink()
     fails("resnet101_2048/train.ft is missing")
     features.write_bytes(good)
