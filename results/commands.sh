@@ -125,8 +125,8 @@ for script in mvae mmvae mopoe; do
     run "mnist-svhn-text__${script}__0" "$script" --dataset mnist-svhn-text --epochs 10 --amp
 done
 run mnist-svhn-text__vaevae__0 vaevae --dataset mnist-svhn-text --joint poe --expectation stratified \
-    --epochs 10
-run mnist-svhn-text__svae__0 svae --dataset mnist-svhn-text --expectation stratified --epochs 8
+    --epochs 10 --amp
+run mnist-svhn-text__svae__0 svae --dataset mnist-svhn-text --expectation stratified --epochs 10 --amp
 for objective in elbo elbo-is iwae dreg dreg-mixture iwae-tight dreg-tight; do
     case $objective in elbo*) K=1 ;; *) K=10 ;; esac
     run "mnist-svhn__mmvae__0__$objective" mmvae --dataset mnist-svhn --objective "$objective" \
