@@ -509,6 +509,7 @@ def authors_polymnist(place, cache_dir):
 
 
 ZENODO_RECORD = "https://zenodo.org/api/records/4899160"
+NO_RECORD = (ValueError, KeyError, TypeError, AttributeError, StopIteration)  # of another form
 
 
 def download_polymnist(root):
@@ -535,7 +536,7 @@ def download_polymnist(root):
             temporary.rename(target)
         finally:
             temporary.unlink(missing_ok=True)
-    except Exception as error:  # noqa: BLE001, since a reply may be anything
+    except (OSError, http.client.HTTPException, *NO_RECORD) as error:
         raise UserError(
             f"--download: {ZENODO_RECORD} cannot be fetched ({error}); put PolyMNIST.zip into "
             f"{root} by hand, or leave --download out"
@@ -685,7 +686,8 @@ def labelled(parts, network, source):
     return from_tensors(*splits, [image, label], source)
 
 
-# As many symbols as the alphabet of Sutter et al.'s released code, which has "-" twice and no tab.
+# As many symbols as the released alphabet of Sutter et al. 2021, which in the copies of projects
+# built on it has "-" twice and no tab.
 ALPHABET = string.ascii_lowercase + string.digits + string.punctuation + " \t\n"
 SYMBOLS = dict(categories=len(ALPHABET), alphabet=ALPHABET)
 CODES = np.zeros(128, np.uint8)
@@ -773,7 +775,7 @@ def multimnist(args):
     """Canvases of 50×50 with 0 to 4 digits, each in its own quarter, and the string that they make
     from the upper left to the lower right (Wu & Goodman 2018, supplement). The number is drawn
     first, then the quarters and the digits, whose outer rows and columns are cut to 25×25; the
-    released code shrinks them to 21×21 and fills the quarters in order."""
+    released code (--fixed) shrinks them to 21×21 and fills the quarters in order."""
     parts, which = mnist(Path(args.data_dir), "MNIST")
     splits = []
     for part, (images, labels) in enumerate(parts):
