@@ -128,7 +128,7 @@ def representation(q):
 def agreement(logits, labels):
     """How well logits (N, C) name the labels: of classes (N,) the accuracy, of attributes (N, C)
     the mean over them of the average precision, by scores and over all N; the released code has it
-    of 0 and 1, batch by batch, which is another number."""
+    batch by batch and, for the latents, of 0 and 1 in place of scores, which are other numbers."""
     if labels.ndim == 1:
         return (logits.argmax(-1) == labels).double().mean().item()
     there = labels.any(0)
