@@ -233,6 +233,19 @@ def test_dreg_mixture_is_unbiased_for_other_beta_and_with_private_latents(float6
     assert distance(iwae, mixture) < 4.5
 
 
+@pytest.mark.parametrize("apart", [False, True])
+def test_both_dregs_are_the_same_where_the_experts_are_apart(float64, apart):
+    x, gradients = sample_x(toy(2, "iwae", 5), 1), []
+    for name in ("dreg", "dreg-mixture"):
+        model = toy(2, name, 5)
+        model.encoders[1][1].bias.data[: model.latent_dim] += 40 * apart  # of the mean
+        torch.manual_seed(0)
+        gradient = torch.autograd.grad(model(x)[0].sum(), encoder_parameters(model))
+        gradients.append(torch.cat([g.flatten() for g in gradient]))
+    difference = (gradients[0] - gradients[1]).norm() / gradients[0].norm()
+    assert difference < 1e-9 if apart else difference > 0.01
+
+
 @pytest.mark.parametrize("M", [1, 2, 3])
 @pytest.mark.parametrize("objective", ["dreg", "dreg-tight"])
 def test_dregs_second_weight_reaches_the_encoders(float64, objective, M):
