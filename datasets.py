@@ -509,7 +509,8 @@ def authors_polymnist(place, cache_dir):
 
 
 ZENODO_RECORD = "https://zenodo.org/api/records/4899160"
-NO_RECORD = (ValueError, KeyError, TypeError, AttributeError, StopIteration)  # of another form
+# What a reply raises that is not the record, or has another form.
+NO_RECORD = (ValueError, KeyError, TypeError, AttributeError, StopIteration)
 
 
 def download_polymnist(root):
