@@ -193,7 +193,7 @@ def classifiers(train, test, modalities, strips, cache_dir):
     if strips:
         kinds[WHOLE] = (lambda: resnet18(modalities[0].shape[0], classes)), whole
     named = {}
-    for name, (make, seen) in kinds.items():
+    for name, (make, seen) in tqdm(kinds.items(), "classifiers", leave=False, disable=None):
         torch.manual_seed(0)
         net = make().to(device)
         used = [train.fingerprint(m.name) for m in modalities if name in (m.name, WHOLE)]

@@ -7,7 +7,7 @@ network with its own encoders, the 2021 paper's variant (b); `--joint poe` is it
 product of the q(z|x_i).
 
     python vaevae.py                                   polydigits, some six minutes on two CPU cores
-    python vaevae.py --dataset polymnist --beta 2.5    the other four's β, D and batch
+    python vaevae.py --dataset polymnist --beta 2.5    β and D of Sutter et al. 2021
     torchrun --nproc-per-node 8 vaevae.py ...          several GPUs
 
 Expected on polydigits, there with `--joint poe`: coherence of the modalities not given, given 1, 2,
