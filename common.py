@@ -325,7 +325,7 @@ def parser(description, defaults):
     about = "share of complete tuples; below 1, and in svae.py and vaevae.py always, a step also "
     about += "takes a batch of each modality alone"
     add("--supervision", type=number(float, 0, 1), default=1.0, help=about)
-    about = "chance of each modality of a training example to be there; one always is"
+    about = "chance of each modality of a training example to be there"
     add("--keep", type=number(float, 0, 1), default=1.0, help=about)
     about = "mnist-svhn, mnist-svhn-text: how often an image is paired"
     add("--pairings", type=number(int, 1, 1000), default=20, help=about)

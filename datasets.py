@@ -216,12 +216,11 @@ def weighted(modalities, weights):
 
 def with_gaps(split, keep, seed):
     """The split with each modality of each example kept with the probability `keep`, decided by the
-    seed, and at least one (Wu & Goodman 2018, supplement, Section 6)."""
+    seed (Wu & Goodman 2018, supplement, Section 6)."""
     generator = torch.Generator().manual_seed(seed)
-    chance = torch.rand(len(split), len(split.tensors), generator=generator)
-    # The least of the draws falls below `keep` before any other does.
-    least = chance == chance.min(1, keepdim=True).values
-    return dataclasses.replace(split, observed=(chance < keep) | least)
+    observed = torch.rand(len(split), len(split.tensors), generator=generator) < keep
+    require(observed.any(), f"--keep {keep}: leaves nothing to train on")
+    return dataclasses.replace(split, observed=observed)
 
 
 def with_streams(split, supervision, seed):
@@ -246,16 +245,20 @@ def with_streams(split, supervision, seed):
 
 
 def epoch_order(split, batch_size, seed):
-    """Rows (steps, batch_size) of one pass in random order, without the trailing partial batch.
+    """Rows (steps, batch_size) of one pass in random order, without the trailing partial batch and
+    without the tuples of which nothing is observed.
 
     With streams (steps, (1 + M) batch_size): batch_size complete tuples, then as many of each
     modality. An epoch takes as many rows of every stream as the split has tuples; a stream that is
     shorter begins again when it ends.
     """
-    n, generator = len(split), torch.Generator().manual_seed(seed)
+    n, streams, observed = len(split), split.streams, split.observed
+    if not streams:
+        rows = torch.arange(n) if observed is None else observed.any(1).nonzero()[:, 0].cpu()
+        n, streams = len(rows), [rows]
     require(batch_size <= n, f"--batch-size {batch_size}: must be at most {n}, the training tuples")
-    order = []
-    for rows in split.streams or [torch.arange(n)]:
+    order, generator = [], torch.Generator().manual_seed(seed)
+    for rows in streams:
         times = range(math.ceil(n / len(rows)))
         passes = [rows[torch.randperm(len(rows), generator=generator)] for _ in times]
         order.append(torch.cat(passes)[: n - n % batch_size].view(-1, batch_size))

@@ -445,6 +445,13 @@ def symbol_metrics(model, test):
     return results
 
 
+def symbols_of(modality, text):
+    """The symbols of a text (L,) without padding, of a caption those before its "<eos>": behind it
+    nothing that is generated was ever scored."""
+    symbols = [modality.alphabet[int(n)] for n in text if n != modality.padding]
+    return symbols[: symbols.index("<eos>")] if "<eos>" in symbols else symbols
+
+
 def correlation(model, train, test):
     """The correlation of pictures' features with captions after a canonical correlation analysis of
     training pairs, as a flat dict: of test pairs, of what is generated from 1,000 samples of the
@@ -464,8 +471,7 @@ def correlation(model, train, test):
     known = train.batch(torch.from_numpy(rows).to(train.labels.device))[0]
 
     def words(x):
-        texts = x[caption.name].cpu().tolist()
-        return [[symbol for symbol in text if symbol != caption.padding] for text in texts]
+        return [symbols_of(caption, text) for text in x[caption.name].tolist()]
 
     weighted = TfidfVectorizer(analyzer=list).fit(words(known))
     size = min(300, len(weighted.vocabulary_) - 1, *image.shape, len(rows))
@@ -520,8 +526,8 @@ def in_words(modality, example):
         return " ".join(f"{n:g}" if categorical else f"{n:.2f}" for n in example[:8].tolist())
     if not categorical:
         return ", ".join(itertools.compress(alphabet, example > 0.5))
-    symbols = [alphabet[int(n)] for n in example if n != modality.padding]
-    return ("" if isinstance(alphabet, str) else " ").join(symbols).strip(" *")
+    between = "" if isinstance(alphabet, str) else " "
+    return between.join(symbols_of(modality, example)).strip(" *")
 
 
 def draw_row(axis, modality, x, title):

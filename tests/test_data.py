@@ -1163,16 +1163,31 @@ def gaps(n, M, keep, seed=0):
     return datasets.with_gaps(split, keep, seed)
 
 
-@pytest.mark.parametrize("keep", [0.0, 0.001, 0.3, 0.9])
-def test_each_modality_is_kept_with_its_probability_and_one_always(keep):
+@pytest.mark.parametrize("keep", [0.001, 0.3, 0.9])
+def test_each_modality_is_kept_with_its_probability(keep):
     n, M = 20_000, 4
     kept = gaps(n, M, keep).observed
-    assert kept.any(1).all()
-    share = keep + (1 - keep) ** M / M  # one of those that would have none
-    error = (share * (1 - share) / n) ** 0.5
-    assert (kept.double().mean(0) - share).abs().max() < 4 * error
+    for found, share in (
+        (kept.double().mean(0), keep),
+        (kept.all(1).double().mean(), keep**M),  # independently of one another
+        ((~kept).all(1).double().mean(), (1 - keep) ** M),
+    ):
+        assert (found - share).abs().max() < 4 * (share * (1 - share) / n) ** 0.5 + 1 / n
     assert kept.equal(gaps(n, M, keep).observed)
     assert not kept.equal(gaps(n, M, keep, seed=1).observed)
+
+
+def test_an_example_of_which_nothing_is_kept_does_not_train():
+    split = gaps(400, 3, 0.2)
+    some = split.observed.any(1)
+    assert 0 < some.sum() < 300
+    order = datasets.epoch_order(split, 10, seed=0)
+    assert len(order) == some.sum() // 10
+    assert some[order].all() and len(order.unique()) == order.numel()
+    with pytest.raises(UserError, match=f"must be at most {some.sum()}, the training tuples"):
+        datasets.epoch_order(split, 400, seed=0)
+    with pytest.raises(UserError, match="--keep 0.0: leaves nothing to train on"):
+        gaps(400, 3, 0.0)
 
 
 def test_a_batch_has_the_mask_of_its_rows():

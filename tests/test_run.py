@@ -855,7 +855,6 @@ NONSENSE = [
 ALLOWED = {
     "--eval-every": {"0"},
     "--beta": {"0", "1.5"},
-    "--keep": {"0"},
     "--lr": {"0", "1.5"},
     "--seed": {"0"},
     "--data-seed": {"0"},
