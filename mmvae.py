@@ -41,7 +41,8 @@ import datasets
 import evaluate
 from common import UserError, bounded, decoder, encoder, hide, likelihood, log_mean_exp
 
-# As Sutter et al. 2021 compare it (App. B, B.1): Gaussians and no importance samples.
+# As Sutter et al. 2021 compare it (App. B, B.1): Gaussians and no importance samples. Their code
+# has --kl components, and decodes one sample of one expert.
 COMPARED = dict(distribution="normal", scales="free", objective="elbo", K=1)
 # As in its own paper: Laplace, scales that sum to D, DReG on the looser bound, AMSGrad.
 SHI = dict(distribution="laplace", scales="sum", learn_prior=True, objective="dreg", amsgrad=True)
@@ -65,7 +66,8 @@ def arguments(argv):
     dimension, about = common.number(int, 0, 65536), "latent dimensions of each modality alone"
     add("--private-dim", type=dimension, default=0, help=about)
     add("--objective", choices=OBJECTIVES, default="iwae", help="bound and gradient, see above")
-    add("--K", type=common.number(int, 1, 10**6), default=30, help="samples of each expert")
+    about = "samples of each expert; with 1 the looser bound is the ELBO"
+    add("--K", type=common.number(int, 1, 10**6), default=30, help=about)
     about = "elbo: the mixture's KL by sampling, or the mean of the experts', which elbo-is has"
     add("--kl", choices=["mixture", "components"], default="mixture", help=about)
     add("--distribution", choices=["laplace", "normal"], default="laplace", help="prior, experts")
@@ -186,7 +188,7 @@ class MMVAE(nn.Module):
         held = (loc.detach(), scale.detach()) if doubly else (loc, scale)  # q's parameters in log w
 
         # log w = Σ_i λ_i log p(x_i|z) + β (log p(z) - log q(z|x)), (K, M, B)
-        at = z.view_as(z)  # the same samples; DReG weighs the gradient that comes through here
+        at = z.view_as(z)  # z again: DReG's hook weighs the gradient that comes through it
         modalities = [m for m in self.modalities if m.name in x]
         log_p = {
             m.name: seen[i] * self.decode(at, [m.name])[m.name].log_prob(x[m.name])

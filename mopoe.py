@@ -16,7 +16,8 @@ The upper bound, which the released code uses too, is the mean of the components
 computes that mean, the default samples it with one subset an example. `--kl mixture` gives Lemma
 3's tighter bound of log p(X); with it, `--subsets singletons` is the MoE objective, Eq. (9).
 `--subsets full` is the PoE's, Eq. (7). These options change training only: given several
-modalities, `posterior` is the product of their experts in any case.
+modalities, `posterior` is the product of their experts in any case (given all, with
+`--prior-expert`, and the prior).
 """
 
 import time
@@ -60,7 +61,8 @@ def arguments(argv):
     add("--expectation", choices=["stratified", "all"], default="stratified", help=about)
     about = "mean of the components' KLs in closed form, or the mixture's own by sampling"
     add("--kl", choices=["components", "mixture"], default="components", help=about)
-    add("--prior-expert", action="store_true", help="the full set's product has the prior in it")
+    about = "the full set's product has the prior in it, as in the released code"
+    add("--prior-expert", action="store_true", help=about)
     return common.parse(p, argv, DEFAULTS)
 
 

@@ -143,9 +143,10 @@ class MVAE(nn.Module):
         mu, logvar = bounded(*heads.chunk(2, -1))
         M = len(self.modalities)
         if self.quotient and M > 1:  # V = M / (M - 1) * sigmoid(.), supplement, Section 3
-            c, s = logvar.split([self.latent_dim, self.private_dim], -1)
-            # In float32 the quotient is right to 0.1 % up to c = 10; there V is all but its bound.
-            logvar = torch.cat([math.log(M / (M - 1)) + F.logsigmoid(c), s], -1)
+            raw, s = logvar.split([self.latent_dim, self.private_dim], -1)
+            # At 10 V is all but its bound; beyond, float32 loses what the division by p(z) leaves.
+            logvar = math.log(M / (M - 1)) + F.logsigmoid(raw.clamp(max=10.0))
+            logvar = torch.cat([logvar, s], -1)
         return mu, logvar
 
     def product(self, mu, logvar, masks):

@@ -185,7 +185,7 @@ class SVAE(nn.Module):
         names = [m.name for m in self.modalities if m.name in x]
         B, device = len(x[names[0]]), self.zeros.device
         rows, times = self.allotted(q, B, complete=observed is None)
-        # Whether there is an example that has terms of its single modalities.
+        # Whether any example has terms of single modalities.
         single = self.objective_name == "svae" or len(x) == 1 or observed is not None
         subsets = [S for S in q if len(S) > 1 or single]
         z, log_p = {}, {}

@@ -158,7 +158,7 @@ class VAEVAE(nn.Module):
     def allotted(self, subsets, B, complete):
         """{S: the rows on which S's terms are computed} and {S: the factor by which these count}.
         With --expectation stratified each complete tuple has one random S with 1 < |S| < M, and
-        each such S an equal share of the B rows; else, or of fewer rows than there are such S,
+        the B rows are divided evenly among such S; else, or of fewer rows than there are such S,
         every S has all rows."""
         rows, times = dict.fromkeys(subsets, slice(None)), dict.fromkeys(subsets, 1.0)
         between = [S for S in subsets if 1 < len(S) < len(self.modalities)]
@@ -180,7 +180,7 @@ class VAEVAE(nn.Module):
         names = [m.name for m in self.modalities if m.name in x]
         B, device = len(x[names[0]]), self.zeros.device
         rows, times = self.allotted(q, B, complete=observed is None)
-        # Whether there is an example that has terms of its single modalities.
+        # Whether any example has terms of single modalities.
         single = self.objective_name == "svae" or len(x) == 1 or observed is not None
         subsets = [S for S in q if len(S) > 1 or single]
         z, log_p = {}, {}

@@ -184,6 +184,21 @@ def test_quotient_multiplies_experts_and_divides_by_the_prior(float64):
         torch.testing.assert_close(difference, difference[:1].expand_as(difference))
 
 
+@pytest.mark.parametrize("M", [2, 5, 19])
+def test_the_quotient_is_right_in_float32(M):
+    """Given all, the precision is Σ 1/V_i - (M - 1) = (M - 1)/M Σ exp(-c_i), of terms that nearly
+    cancel for large outputs c_i; they end at 10."""
+    model = MVAE(modalities(M), 1, product="quotient")
+    x = sample_x(model, 1)
+    for c in (-20.0, 0.0, 5.0, 10.0, 13.0, 30.0, 1e9):
+        for e in model.encoders:
+            e[1].weight.data.zero_()
+            e[1].bias.data = torch.tensor([0.5, c])
+        q, end = model.posterior(x), math.exp(-min(c, 10.0))
+        assert q.variance.item() == pytest.approx(1 / ((M - 1) * end), rel=2e-3)
+        assert q.mean.item() == pytest.approx(0.5 * (1 + end) / end, rel=2e-3)
+
+
 def test_constrained_variances_always_leave_a_density(float64):
     """However the encoders' outputs are, the quotient has a positive, finite variance."""
     model = MVAE(modalities(4), 2, product="quotient")
