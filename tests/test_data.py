@@ -402,6 +402,14 @@ def test_an_index_pairs_without_copies():
     assert x["a"].tolist() == [3.0, 0.0] and x["b"].tolist() == [40, 42]
 
 
+def test_the_columns_of_a_mask_are_in_the_modalities_order():
+    modalities = [Modality("vector", (4,), "normal"), Modality("label", (), "normal")]
+    x = {"label": torch.arange(3), "vector": torch.zeros(3, 4)}
+    data = datasets.from_tensors((x, [0, 1, 2]), (x, [0, 1, 2]), modalities)
+    for split in (data.train, data.test):
+        assert [*split.tensors] == [m.name for m in modalities] == ["vector", "label"]
+
+
 def test_from_tensors_names_what_does_not_fit():
     m = Modality("text", (2,), "categorical", network="linear", categories=5)
     good = ({"text": torch.zeros(3, 2).int()}, [0, 1, 2])
@@ -559,6 +567,14 @@ def test_the_last_10_000_training_images_are_left_to_validation():
     ((x, y), test), _ = datasets.for_training(((images, labels), "test"), "made")
     assert len(x) == len(y) == 50_000 and test == "test"
     assert x[0] == y[0] == 0 and x[-1] == y[-1] == 49_999
+
+
+@pytest.mark.parametrize("name", ["mnist-label", "fashion-label", "binary-mnist-label"])
+def test_what_is_left_to_validation_does_not_train(name, tmp_path, monkeypatch):
+    images, labels = np.zeros((50_002, 28, 28), np.uint8), np.arange(50_002) % 10
+    parts = (images, labels), (images[:20], labels[:20])
+    monkeypatch.setattr(datasets, "mnist", lambda *_: (parts, "made"))
+    assert len(datasets.load(options(tmp_path, dataset=name)).train) == 50_000
 
 
 def test_small_digits_have_255_greys():

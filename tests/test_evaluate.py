@@ -242,7 +242,11 @@ def test_pictures_and_captions_correlate_where_they_belong_together():
     torch.manual_seed(0)
     parts = [(Birds().show(torch.arange(n) % 8), torch.zeros(n)) for n in (1600, 400)]
     data = datasets.from_tensors(*parts, Birds().modalities)
-    found = evaluate.correlation(Birds(), data.train, data.test)
+    model, given = Birds(), []
+    posterior = model.posterior
+    model.posterior = lambda x: given.append([*x]) or posterior(x)
+    found = evaluate.correlation(model, data.train, data.test)
+    assert given == [["image"], ["caption"]] * 2  # for each of the two chunks
     keys = ["correlation/data", "correlation/joint", "correlation/image/caption"]
     assert set(found) == {*keys, "correlation/caption/image"}
     assert found["correlation/data"] > 0.3
@@ -264,7 +268,13 @@ def test_symbols_are_right_one_by_one_and_as_a_whole():
     x["text"][2, 3] = 4  # a shorter text: what is generated behind it does not count
     x["marks"] = marks * torch.tensor([0.0, 1.0])
     split = datasets.Split(x, torch.zeros(3), dict.fromkeys(x, torch.arange(3)))
-    found = evaluate.symbol_metrics(Spelled(text, marks), split)
+    model, given = Spelled(text, marks), []
+    posterior = model.posterior
+    model.posterior = lambda x: given.append([*x]) or posterior(x)
+    found = evaluate.symbol_metrics(model, split)
+    spelled = {"text", "label", "marks"}
+    subsets = evaluate.subsets_of(model.modalities)
+    assert given == [s for s in subsets if not spelled <= set(s)]  # never the target itself
     assert (
         found["exact_match/x0/text"] == found["exact_match/x0+label/text"] == pytest.approx(2 / 3)
     )
@@ -397,6 +407,7 @@ def test_the_protocol_is_that_of_sutter_et_al():
 
 
 def test_of_a_mixture_the_representation_is_one_components_mean():
+    torch.manual_seed(0)
     means = torch.tensor([[-1.0], [1.0]]).expand(1000, 2, 1)
     experts = Independent(Normal(means, 0.1), 1)
     z = evaluate.representation(MixtureSameFamily(Categorical(torch.ones(1000, 2)), experts))
@@ -491,6 +502,24 @@ def test_a_perfect_model_has_all_of_every_metric():
     assert list(means.values()) == pytest.approx([1.0] * 5)
     assert evaluate.joint_coherence(Told(), named) == 1.0
     assert set(evaluate.latent_accuracy(Told(), split, split).values()) == {1.0}
+
+
+def test_of_a_mixture_the_latents_are_those_of_one_component():
+    """One of two shows the class and the other nothing, which is worth half; in their mean the
+    class would be as plain as in the first."""
+    split, _ = told(300)
+    model = Told()
+
+    def posterior(x):
+        mean = next(iter(x.values()))
+        parts = Independent(Normal(torch.stack([mean, 0 * mean], 1), 1e-6), 1)
+        return MixtureSameFamily(Categorical(torch.ones(len(mean), 2)), parts)
+
+    model.posterior = posterior
+    share = 0.5 + 0.5 / 5  # of the other half those of one class, about a fifth
+    allowed = 4 * (error(share, 300) + 0.5 * error(0.2, 300))
+    for found in evaluate.latent_accuracy(model, split, split).values():
+        assert found == pytest.approx(share, abs=allowed)
 
 
 def test_both_conventions_of_coherence():

@@ -4,10 +4,13 @@ import math
 
 import pytest
 import torch
-from torch.distributions import Normal, kl_divergence
+from torch.distributions import Bernoulli, Categorical, Laplace, Normal, kl_divergence
 
 from common import (
+    Modality,
+    gaussian,
     gaussian_kl,
+    likelihood,
     log_mean_exp,
     product_of_gaussians,
     quotient_of_gaussians,
@@ -160,3 +163,32 @@ def test_products_stay_float32_under_autocast():
         found = product_of_gaussians(mu, logvar, subset_masks(3))
     assert found[0].dtype == torch.float32
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_in_bfloat16_all_is_computed_in_float32():
+    """As the networks leave it with --amp."""
+    half = torch.randn(2, 3, 4, 5).bfloat16()
+    for function in (
+        product_of_gaussians,
+        lambda mu, logvar: quotient_of_gaussians(mu, logvar, mu, 2 * logvar),
+        lambda mu, logvar: (gaussian_kl(mu, logvar), gaussian_kl(mu, logvar, mu, 2 * logvar)),
+        lambda mu, logvar: (gaussian(mu, logvar).mean, gaussian(mu, logvar).stddev),
+    ):
+        for found, expected in zip(function(*half), function(*half.float()), strict=True):
+            assert found.dtype == torch.float32 and found.equal(expected)
+
+
+def test_likelihoods_are_those_of_torch(float64):
+    t, x = torch.randn(7, 2), torch.rand(7, 2).round()
+    for kind, p in (
+        ("laplace", Laplace(t, 0.5)),
+        ("normal", Normal(t, 0.5)),
+        ("bernoulli", Bernoulli(logits=t)),
+    ):
+        modality = Modality("x", (2,), kind, scale=0.5, network="linear")
+        found = likelihood(modality, t).log_prob(x)
+        torch.testing.assert_close(found, p.log_prob(x).sum(-1))
+    logits, x = torch.randn(7, 2, 5), torch.randint(5, (7, 2))
+    modality = Modality("x", (2,), "categorical", network="linear", categories=5)
+    found = likelihood(modality, logits).log_prob(x)
+    torch.testing.assert_close(found, Categorical(logits=logits).log_prob(x).sum(-1))

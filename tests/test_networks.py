@@ -139,6 +139,7 @@ def test_decoders_end_in_a_sigmoid_where_shi_et_al_have_one(m):
 
 def test_the_texts_decoder_is_affine_up_to_its_first_convolution():
     """As in the released code of Sutter et al. 2021, unlike SVHN's."""
+    torch.manual_seed(0)
     m = Modality("x", (8,), "categorical", network="text", categories=71)
     features, z = common.decoder(m, 4).net[:3], torch.randn(2, 4)
     torch.testing.assert_close(

@@ -3,6 +3,7 @@
 The tests are the same for all scripts; `tiny` is a data set that trains in milliseconds.
 """
 
+import argparse
 import csv
 import dataclasses
 import importlib
@@ -105,6 +106,40 @@ def drawn(path):
 def assert_same_weights(one, other):
     for a, b in zip(weights(one), weights(other), strict=True):
         assert a.equal(b)
+
+
+def method_of(script):
+    """The method's class."""
+    (method,) = (
+        c
+        for c in vars(tiny.add_to(script)).values()
+        if getattr(c, "__module__", "") == script and hasattr(c, "objective")
+    )
+    return method
+
+
+def another(script, monkeypatch):
+    """{name: argv that gives an option another value than its default}, of all options."""
+    parse, seen = common.parse, []
+    monkeypatch.setattr(common, "parse", lambda p, *rest: seen.append(p) or parse(p, *rest))
+    defaults, argv = vars(tiny.add_to(script).arguments(["--dataset", "tiny"])), {}
+    for action in seen[0]._actions:
+        option, default = action.option_strings[-1], defaults.get(action.dest)
+        if isinstance(action, argparse.BooleanOptionalAction):
+            argv[action.dest] = [action.option_strings[default is True]]
+        elif action.nargs == 0:
+            argv[action.dest] = [option]
+        elif action.choices:
+            argv[action.dest] = [option, next(c for c in action.choices if c != default)]
+        elif action.dest == "dataset":
+            argv[action.dest] = [option, "polydigits"]
+        elif isinstance(default, float):
+            argv[action.dest] = [option, str(0.5 * default + 0.1)]
+        else:
+            argv[action.dest] = [option, str(default + 2 if isinstance(default, int) else "x")]
+    argv.pop("help")
+    assert argv.keys() == defaults.keys()
+    return argv
 
 
 def rows(path):
@@ -238,7 +273,12 @@ def test_runs_are_drawn_side_by_side(tmp_path, capsys, monkeypatch):
     paths = [str(run(script, tmp_path, "--no-eval", "--epochs", "1")) for script in SCRIPTS]
     paths.append(str(run("mvae", tmp_path, "--no-eval", "--epochs", "1", "--weights", "label=9")))
     picture = tmp_path / "all.png"
-    evaluate.main([*paths, "--side-by-side", str(picture), "--given", "label"])
+    rows_from, given = evaluate.rows_from, []
+    spy = lambda model, x, modality: given.append(modality.name) or rows_from(model, x, modality)
+    with monkeypatch.context() as m:
+        m.setattr(evaluate, "rows_from", spy)
+        evaluate.main([*paths, "--side-by-side", str(picture), "--given", "label"])
+    assert given == ["label"] * 6
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert not (Path(paths[0]) / "results.json").exists()
     with pytest.raises(SystemExit) as stop:
@@ -267,6 +307,13 @@ def test_the_seed_decides_everything(script, tmp_path):
 
 
 @every_script
+def test_the_seed_draws_the_weights_to_begin_with(script, tmp_path):
+    still = ("--no-eval", "--epochs", "1", "--lr", "0")
+    one, other = (run(script, tmp_path / seed, *still, "--seed", seed) for seed in "01")
+    assert not any(a.equal(b) for a, b in zip(drawn(one), drawn(other), strict=True))
+
+
+@every_script
 def test_evaluation_does_not_disturb_training(script, tmp_path, monkeypatch):
     """Neither at the end nor on the way, where it sees training data only."""
     plain = run(script, tmp_path / "plain", "--no-eval")
@@ -280,6 +327,7 @@ def test_evaluation_does_not_disturb_training(script, tmp_path, monkeypatch):
     assert_same_weights(plain, path)
     (data,) = seen
     assert data.test.tensors is data.train.tensors and len(data.test) == len(data.train)
+    assert data.test.batch(torch.arange(200))[0]["label"].equal(data.test.labels)
     assert scalars(path, "train/joint_coherence").keys() == {2}
 
 
@@ -297,6 +345,18 @@ def test_options_work_together(script, tmp_path):
     options = ["--amp", "--epochs", "1", "--beta", "0", "--supervision", "0.1"]
     path = run(script, tmp_path, *options, *["--private-dim", "2"] * (script in PRIVATE))
     assert all(torch.isfinite(w).all() for w in weights(path))
+
+
+@every_script
+@pytest.mark.parametrize("supervision", ["1", "0.5"])
+def test_each_stream_is_a_batch_of_its_own(script, supervision, tmp_path, monkeypatch):
+    """The examples of a modality alone are never taken for tuples."""
+    accelerate, trained = common.accelerate, []
+    spy = lambda model, *rest: trained.append(model) or accelerate(model, *rest)
+    monkeypatch.setattr(common, "accelerate", spy)
+    run(script, tmp_path, "--no-eval", "--epochs", "1", "--supervision", supervision)
+    streamed = supervision != "1" or script in ("svae", "vaevae")
+    assert [isinstance(model, common.Streams) for model in trained] == [streamed]
 
 
 @every_script
@@ -349,6 +409,25 @@ def test_resumed_is_bit_for_bit_the_uninterrupted_run(script, tmp_path, done):
     assert common.read_facts(path)["options"]["epochs"] == 3
 
 
+def test_an_unfinished_run_is_said_to_have_the_epochs_that_it_has(finished, tmp_path):
+    path = Path(shutil.copytree(finished["mopoe"], tmp_path / "run"))
+    facts = common.read_facts(path)
+    facts["options"]["epochs"] = 9
+    (path / "args.json").write_text(json.dumps(facts))
+    assert evaluate.load_run(path)[2].epochs == common.load_checkpoint(path)["epoch"] == 1
+
+
+@every_script
+def test_checkpoints_are_apart_by_the_least_time_and_the_last_epoch_has_one(
+    script, tmp_path, monkeypatch
+):
+    save, saved = common.save_checkpoint, []
+    monkeypatch.setattr(common, "save_checkpoint", lambda *a: saved.append(a[3]) or save(*a))
+    run(script, tmp_path, "--no-eval", "--epochs", "4")
+    run(script, tmp_path, "--no-eval", "--epochs", "4", "--checkpoint-every", "0")
+    assert saved == [1, 4, 1, 2, 3, 4]
+
+
 @every_script
 def test_logs_are_cut_to_the_checkpoint(script, tmp_path):
     """Epochs that were logged after the last checkpoint are logged once."""
@@ -368,11 +447,10 @@ def test_logs_are_cut_to_the_checkpoint(script, tmp_path):
 @every_script
 def test_killed_or_stopped_at_any_moment_it_resumes(script, tmp_path):
     """SIGKILL at some moment after a checkpoint; Ctrl-C when it has gone on, which says how to."""
-    options = ("--epochs", "20", "--checkpoint-every", "0", "--no-eval")
-    whole = run(script, tmp_path / "whole", *options)
+    options, endless = ("--checkpoint-every", "0", "--no-eval"), ("--epochs", "100000")
     resumed = ()
     for signal_number, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)):
-        process = start(script, tmp_path, *options, *resumed)
+        process = start(script, tmp_path, *options, *endless, *resumed)
         error = tmp_path / "error"
         while not list(tmp_path.glob("runs/*/checkpoint.pt")):
             assert process.is_alive(), error.read_text()
@@ -383,13 +461,15 @@ def test_killed_or_stopped_at_any_moment_it_resumes(script, tmp_path):
             time.sleep(0.001)
         os.kill(process.pid, signal_number)
         process.join(60)
-        assert process.exitcode == code, "the run was through before it could be stopped"
-        assert before < common.load_checkpoint(path)["epoch"] < 20
+        assert process.exitcode == code
+        done = common.load_checkpoint(path)["epoch"]
+        assert before < done
         resumed = ("--resume", str(path))
     assert "Traceback" not in error.read_text()
     assert f"go on with: python {script}.py --resume {path}" in error.read_text()
-    resume(script, path, *options)
-    assert_same_weights(whole, path)
+    all_epochs = ("--epochs", str(done + 1))
+    resume(script, path, *options, *all_epochs)
+    assert_same_weights(run(script, tmp_path / "whole", *options, *all_epochs), path)
 
 
 def test_stopped_it_says_how_to_go_on_where_there_is_a_checkpoint(tmp_path, capsys, monkeypatch):
@@ -475,6 +555,41 @@ def test_options_reach_model_and_optimiser(script, tmp_path):
     assert state["kwargs"] == {name: args[name] for name in names}
     (group,) = state["optimizer"]["param_groups"]
     assert group["lr"] == 0.003 and not group["amsgrad"]
+
+
+@every_script
+def test_every_option_of_a_model_is_what_it_is_built_with(script, tmp_path, monkeypatch):
+    class Built(Exception):
+        pass
+
+    def build(modalities, **given):
+        raise Built(given)
+
+    method, options = method_of(script), another(script, monkeypatch)
+    _, *names = inspect.signature(method).parameters
+    monkeypatch.setattr(sys.modules[script], method.__name__, build)
+    argv = ["--dataset", "tiny", *itertools.chain(*(options[n] for n in names))]
+    with pytest.raises(Built) as built:
+        run(script, tmp_path, *argv)
+    (given,), asked = built.value.args, vars(sys.modules[script].arguments(argv))
+    plain = vars(sys.modules[script].arguments(["--dataset", "tiny"]))
+    assert given == {n: asked[n] for n in names}
+    assert not any(asked[n] == plain[n] for n in names)
+
+
+@every_script
+def test_beta_weighs_what_is_logged_as_kl(script, tmp_path):
+    still = ["--no-eval", "--epochs", "1", "--lr", "0"] + ["--objective", "elbo"] * (
+        script == "mmvae"
+    )
+    without, with_it = (
+        {k: float(v) for k, v in rows(run(script, tmp_path / b, *still, "--beta", b))[0].items()}
+        for b in ("0", "2")
+    )
+    times = 3 if script in ("svae", "vaevae") else 1  # of the streams the mean
+    assert with_it["kl"] == without["kl"] > 0.1
+    difference = without["objective"] - with_it["objective"]
+    assert difference == pytest.approx(2 * times * with_it["kl"], rel=1e-5)
 
 
 def test_amsgrad_reaches_the_optimiser(tmp_path):
@@ -592,6 +707,27 @@ def test_what_may_differ_on_resumption(script, tmp_path, capsys):
     resume(script, path, *elsewhere)
 
 
+@every_script
+def test_no_other_option_may_differ_on_resumption(script, finished, capsys, monkeypatch):
+    options, path = another(script, monkeypatch), finished[script]
+    monkeypatch.undo()
+    for name in ("epochs", "device", "data_dir", "cache_dir", "no_eval", "resume"):
+        options.pop(name)
+    assert len(options) > 15
+    for name, argv in options.items():
+        with pytest.raises(SystemExit) as stop:
+            resume(script, path, *argv)
+        assert stop.value.code == 2
+        one_line(capsys, f"--{name.replace('_', '-')} ", "the run to resume has")
+
+
+def test_a_run_of_another_script_is_not_gone_on_with(finished, capsys):
+    with pytest.raises(SystemExit) as stop:
+        resume("mvae", finished["mopoe"])
+    assert stop.value.code == 2
+    one_line(capsys, "is of another script or version than this", "subsets")
+
+
 def test_a_fork_does_not_go_on_with_a_run_of_the_original(finished, tmp_path, capsys):
     path = Path(shutil.copytree(finished["mopoe"], tmp_path / "run"))
     state = torch.load(path / "checkpoint.pt") | {"script": "mymopoe"}
@@ -611,12 +747,7 @@ def test_a_script_that_could_not_be_imported_is_not_trained(tmp_path, capsys, mo
 @every_script
 def test_the_log_is_by_name(script, tmp_path, monkeypatch):
     """A fork may give its terms in any order, and more of them."""
-    module, logs = tiny.add_to(script), []
-    (method,) = (
-        c
-        for c in vars(module).values()
-        if getattr(c, "__module__", "") == script and hasattr(c, "objective")
-    )
+    method, logs = method_of(script), []
     forward = method.forward
 
     def other(model, *batch):
@@ -904,11 +1035,14 @@ def test_nonsense_for_every_option_is_one_line(script, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("script", ["svae", "vaevae"])
-def test_stratified_terms_need_a_batch_of_all_subsets(script, tmp_path, capsys):
+def test_stratified_terms_need_a_batch_of_all_subsets(script, tmp_path, capsys, monkeypatch):
     """polydigits' batch of 16 has fewer tuples than there are subsets of two to four of five."""
     argv = ["--dataset", "polydigits", "--no-eval", "--expectation", "stratified"]
     assert run(script, tmp_path, *argv, expect=2) is None
     one_line(capsys, "--expectation stratified: needs --batch-size 25 at least")
+    monkeypatch.setattr(common, "setup", lambda args: (torch.device("cpu"), 0, 2))
+    assert run(script, tmp_path, *argv, "--batch-size", "48", expect=2) is None
+    one_line(capsys, "--expectation stratified: needs --batch-size 50 at least")
 
 
 @every_script
@@ -1053,7 +1187,11 @@ def test_the_bar_counts_tuples_and_names_the_objective(script, tmp_path, monkeyp
     shown = io.StringIO()
     forced = dict(disable=False, file=shown)
     monkeypatch.setattr(common, "tqdm", lambda **options: tqdm(**options | forced))
-    path = run(script, tmp_path, "--no-eval", "--epochs", "2")
+    epoch_row, counted = common.epoch_row, []
+    monkeypatch.setattr(common, "epoch_row", lambda *a: counted.append(a[-1]) or epoch_row(*a))
+    path = run(script, tmp_path, "--no-eval", "--epochs", "1")
+    resume(script, path, "--epochs", "2")
+    assert counted == [192, 192]
     last = shown.getvalue().strip().splitlines()[-1].split("\r")[-1]
     assert last.startswith("tiny: 100%") and "384/384" in last  # 2 epochs of 12 steps of 16
     assert f"epoch 2, objective {float(rows(path)[-1]['objective']):.1f}" in last
