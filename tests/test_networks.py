@@ -130,6 +130,50 @@ def test_layers_of_the_other_papers(name, shape, there, back, activation):
         assert kinds & {"ReLU", "SiLU", "ELU"} == {activation}
 
 
+@pytest.mark.parametrize(
+    "name, widths",
+    [
+        ("dcgan-28", [64, 128]),  # Wu & Goodman 2018, released code
+        ("dcgan-50", [32, 64, 128, 256]),
+        ("dcgan-64", [32, 64, 128, 256]),
+        ("cub-caption", [32, 64, 128, 256, 512]),  # Shi et al. 2019, Table 6
+        ("text", [128, 128, 128]),  # Sutter et al. 2021, released code
+        ("residual-image", [128, 256, 384, 512, 640]),
+        ("residual-text", [128, 256, 384, 512, 640, 640, 640]),
+    ],
+)
+def test_channels_there_and_back(name, widths):
+    """Of a residual layer those of its first branch; a transposed layer's are those it takes."""
+    (m,) = (m for m in MODALITIES if m.network == name)
+    kinds = torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.ConvTranspose1d, torch.nn.ConvTranspose2d
+    for net, expected in ((common.encoder(m, 6), widths), (common.decoder(m, 4), widths[::-1])):
+        branches = {n for n, layer in net.named_modules() if isinstance(layer, common.Residual)}
+        inner = tuple(f"{branch}.g." for branch in branches)
+        weights = [
+            layer.weight
+            for n, layer in net.named_modules()
+            if isinstance(layer, kinds) and not n.startswith(inner)
+        ]
+        assert [w.shape[0] for w in weights] == expected
+
+
+def test_the_other_widths_of_the_papers():
+    there = common.encoder(Modality("x", (2048,), "normal", network="cub-features"), 6)
+    back = common.decoder(Modality("x", (2048,), "normal", network="cub-features"), 4)
+    widths = [
+        [layer.out_features for layer in net.modules() if hasattr(layer, "out_features")]
+        for net in (there, back)
+    ]
+    assert widths == [[1024, 512, 256, 6], [256, 512, 1024, 2048]]  # Shi et al. 2019, Table 6
+    text = Modality("x", (5,), "categorical", network="gru", categories=11)
+    for net in (common.encoder(text, 6), common.decoder(text, 4).net):
+        assert net.gru.hidden_size == net.embedding.embedding_dim == 200
+    assert (
+        common.encoder(text, 6).gru.bidirectional
+        and common.decoder(text, 4).net.gru.num_layers == 2
+    )
+
+
 @pytest.mark.parametrize("m", MODALITIES, ids=lambda m: m.network)
 def test_decoders_end_in_a_sigmoid_where_shi_et_al_have_one(m):
     x = common.decoder(m, 4)(100 * torch.randn(200, 4))
