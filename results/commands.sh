@@ -186,6 +186,9 @@ run celeba-attr-weight__mvae__0 mvae --dataset celeba-attr --epochs 20 --anneal-
 run celeba-attr-weight-2__mvae__0 mvae --dataset celeba-attr --epochs 20 --anneal-epochs 4 \
     --weights attributes=2
 run celeba19__mvae__0 mvae --dataset celeba19 --epochs 20 --anneal-epochs 4
+for script in mopoe mvae mmvae; do
+    run_full "celeba-text__${script}__0" "$script" --dataset celeba-text --amp --batch-size 64 --epochs 10
+done
 long=binary-mnist-label-340
 rm -rf "runs/$long"
 python mvae.py --dataset binary-mnist-label --amp --epochs 340 --no-eval --runs-dir "runs/$long"

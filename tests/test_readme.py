@@ -119,6 +119,9 @@ LOG_P = [("log p(x) of one, nats", "image+label → image"), ("log p(X), nats", 
 OF_FACES = [(metric, column.replace("label", "attributes")) for metric, column in LOG_P]
 LABEL = ("labels and texts generated as they are, %", "image → label")
 DIGITS = ("their symbols, %", "image → text")
+MEAN_AP = "mean average precision of the latents, %"
+CROSS_AP = "mean average precision from a subset to a target, %"
+OF_TEXTS = [(MEAN_AP, "image+text"), (CROSS_AP, "image → text"), (CROSS_AP, "text → image")]
 COMPARED, SPLIT = ["mvae.py", "mmvae.py", "mopoe.py"], ["svae.py", "vaevae.py", "mmvae.py"]
 
 
@@ -136,6 +139,7 @@ def test_the_numbers_beside_the_papers_are_those_of_results():
     rows += [("fashion-label-weight__*", "mvae.py --supervision 1.0", [LABEL], -1)]
     rows += [("multimnist__*", "mvae.py", [DIGITS], -1)]  # of the shares the last
     rows += [("celeba-attr__*", "mvae.py", OF_FACES, 0)]
+    rows += [("celeba-text__*", label, OF_TEXTS, 0) for label in COMPARED]
     (table,) = re.findall(r"^\| data, paper .*\n\|.*\n((?:\|.*\n)+)", README, re.MULTILINE)
     for line, (pattern, label, columns, which) in zip(table.splitlines(), rows, strict=True):
         *_, method, paper, here = line.strip("| ").split(" | ")
@@ -317,6 +321,21 @@ def test_the_tables_of_celeba_are_those_of_results():
         keys += ["latent_precision/image", "latent_precision/attributes"]
         row = weight if weight == "10" else f"{weight} ([file]({name}.json))"
         assert_row(row, [f"{100 * results[key]:.1f}" for key in keys])
+
+
+def test_the_table_of_faces_and_texts_is_that_of_results_and_of_the_paper():
+    found, papers = (
+        measured("celeba-text__*.json"),
+        json.loads(evaluate.PAPERS.read_text())["celeba-text"],
+    )
+    columns = [(MEAN_AP, "image"), (MEAN_AP, "text"), *OF_TEXTS]
+    for script, metrics in papers.items():
+        values = (found[metric][f"{script}.py"][column] for metric, column in columns)
+        ours = [evaluate.plus_minus(*value) for value in values]
+        theirs = [str(metrics[metric][0]["columns"][column][0]) for metric, column in columns]
+        assert (
+            f"| `{script}.py` | {' | '.join(ours)} |\n| paper | {' | '.join(theirs)} |" in RESULTS
+        )
 
 
 def test_the_table_of_nineteen_modalities_is_that_of_results():
