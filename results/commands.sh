@@ -189,6 +189,8 @@ run celeba19__mvae__0 mvae --dataset celeba19 --epochs 20 --anneal-epochs 4
 for script in mopoe mvae mmvae; do
     run_full "celeba-text__${script}__0" "$script" --dataset celeba-text --amp --batch-size 64 --epochs 10
 done
+python evaluate.py runs/celeba-text__mvae__0/* runs/celeba-text__mmvae__0/* runs/celeba-text__mopoe__0/* \
+    --side-by-side results/celeba-text_from_image.png --given image
 long=binary-mnist-label-340
 rm -rf "runs/$long"
 python mvae.py --dataset binary-mnist-label --amp --epochs 340 --no-eval --runs-dir "runs/$long"
