@@ -121,7 +121,7 @@ LABEL = ("labels and texts generated as they are, %", "image → label")
 DIGITS = ("their symbols, %", "image → text")
 MEAN_AP = "mean average precision of the latents, %"
 CROSS_AP = "mean average precision from a subset to a target, %"
-OF_TEXTS = [(MEAN_AP, "image+text"), (CROSS_AP, "image → text"), (CROSS_AP, "text → image")]
+OF_TEXTS = [(CROSS_AP, "image → text"), (CROSS_AP, "text → image")]
 COMPARED, SPLIT = ["mvae.py", "mmvae.py", "mopoe.py"], ["svae.py", "vaevae.py", "mmvae.py"]
 
 
@@ -328,7 +328,7 @@ def test_the_table_of_faces_and_texts_is_that_of_results_and_of_the_paper():
         measured("celeba-text__*.json"),
         json.loads(evaluate.PAPERS.read_text())["celeba-text"],
     )
-    columns = [(MEAN_AP, "image"), (MEAN_AP, "text"), *OF_TEXTS]
+    columns = [*((MEAN_AP, S) for S in ("image", "text", "image+text")), *OF_TEXTS]
     for script, metrics in papers.items():
         values = (found[metric][f"{script}.py"][column] for metric, column in columns)
         ours = [evaluate.plus_minus(*value) for value in values]
