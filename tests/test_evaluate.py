@@ -702,6 +702,20 @@ def test_the_standard_error_covers_the_truth_as_often_as_it_should(float64):
     assert abs(covered / 300 - 0.949) < 4 * error(0.949, 300)
 
 
+def test_mixed_log_likelihoods_average_over_different_tuples(float64):
+    """Rows of sample-major weights, as the released code of MoPoE takes them, of tuples in random
+    order. The posterior given all is exact, so that each weight is its tuple's p(x)."""
+    model, split, x = linear_gaussian(2, widen=1.0)
+    found = evaluate.log_likelihood(model, split, samples=15)
+    exact = log_p(model, x)
+    order = torch.randperm(200, generator=torch.Generator().manual_seed(0))
+    rows = exact[order].repeat(15).split(15)
+    by_hand = sum(row.exp().mean().log().item() for row in rows) / 200
+    assert found["mixed_log_likelihood/x0+x1"] == pytest.approx(by_hand, rel=1e-12)
+    assert by_hand > exact.mean().item() + 0.5
+    assert found["log_likelihood/x0+x1"] == pytest.approx(exact.mean().item(), rel=1e-12)
+
+
 def test_effective_samples_and_variance_of_log_weights(float64):
     log_w = 3 * torch.randn(31, 2, 7) - 700
     value, effective, variance = evaluate.weigh(log_w)

@@ -209,6 +209,7 @@ def test_a_run_leaves_what_it_promises(script, tmp_path, capsys):
     for prefix in ("", "standard_error/", "log_weight_variance/", "effective_samples/"):
         expected |= {prefix + key for key in likelihoods}
     expected -= {f"effective_samples/conditional/{key}" for key in one}
+    expected |= {f"mixed_log_likelihood/{s}" for s in subsets}
     expected |= {f"coherence/{s}/{target}" for s in subsets for target in ("vector", "label")}
     expected |= {"coherence_by_inputs/1/without_inputs", "joint_coherence"}
     expected |= {"exact_match/vector/label"}
