@@ -368,7 +368,7 @@ def log_likelihood(model, test, samples=IMPORTANCE_SAMPLES, proposals="all"):
                 targets[f"conditional/{key}/{i}"] = [i], given
             log_w = log_weights(model, q, x, samples, list(targets.values()))
             found.append(torch.stack(weigh(log_w), 1))
-            joint_weights.append(log_w[:, 0])
+            joint_weights.append(log_w[:, 0].clone())  # a view would keep them all
         estimates = dict(zip(targets, torch.cat(found, -1), strict=True))  # (3, tuples) each
         own[tuple(subset)], *_ = estimates.pop("own")
         for metric, (value, effective, variance) in estimates.items():

@@ -115,6 +115,9 @@ LATENTS = ("latent accuracy, %", "mnist+svhn+text")
 HALVES = [
     ("class of the whole image, by the oracle, %", S) for S in ("top+bottom", "top", "bottom")
 ]
+LOG_P_GIVEN = "log p(x) of one given the others, nats"
+MIXED = "log p(X), weights mixed as in MoPoE's code, nats"
+MIXED_LOG_P = [(MIXED, "mnist+svhn+text"), (MIXED, "mnist")]
 LOG_P = [("log p(x) of one, nats", "image+label → image"), ("log p(X), nats", "image+label")]
 OF_FACES = [(metric, column.replace("label", "attributes")) for metric, column in LOG_P]
 LABEL = ("labels and texts generated as they are, %", "image → label")
@@ -132,10 +135,12 @@ def test_the_numbers_beside_the_papers_are_those_of_results():
     rows += [("polymnist__*", label, [JOINT], 0) for label in COMPARED]
     rows += [("mnist-svhn-text__*", label, [LATENTS], 0) for label in COMPARED]
     rows += [("mnist-svhn-text__*", label, [JOINT], 0) for label in COMPARED]
+    rows += [("mnist-svhn-text__*", label, MIXED_LOG_P, 0) for label in COMPARED]
     rows += [("mnist-split__*", f"{label} --supervision 1.0", HALVES, 0) for label in SPLIT]
     rows += [("mnist-svhn__*", "mmvae.py --K 10 --objective dreg", PAIRS, 0)]
     rows += [("mnist-svhn__*", "mmvae.py --K 10 --objective dreg-tight", PAIRS, 1)]
     rows += [("binary-mnist-label-340__*", "mvae.py", LOG_P, 0)]
+    rows += [("mnist-label__*", "mvae.py", LOG_P, 0)]
     rows += [("fashion-label-weight__*", "mvae.py --supervision 1.0", [LABEL], -1)]
     rows += [("multimnist__*", "mvae.py", [DIGITS], -1)]  # of the shares the last
     rows += [("celeba-attr__*", "mvae.py", OF_FACES, 0)]
@@ -223,6 +228,25 @@ def test_the_tables_of_mnist_svhn_text_are_those_of_results():
         assert_row(f"`{label}`", [evaluate.plus_minus(*value) for value in latents.values()])
         values = *coherence[label].values(), found["joint coherence, %"][label]["joint"]
         assert_row(f"`{label}`", [evaluate.plus_minus(*value) for value in values])
+
+
+def test_the_log_likelihoods_of_mnist_svhn_text_are_those_of_results_and_of_the_paper():
+    papers = json.loads(evaluate.PAPERS.read_text())["mnist-svhn-text"]
+    methods = measured("mnist-svhn-text__*.json")
+    objectives = measured("mnist-svhn-text-objective__*.json")
+    of_paper = {f"{script}.py": metrics[MIXED][0] for script, metrics in papers.items()}
+    *_, definition_1, eq_5 = papers["mopoe"][MIXED]
+    of_paper["mopoe.py --expectation stratified --kl components"] = definition_1
+    of_paper["mopoe.py --expectation all --kl components"] = eq_5
+    for found in (methods, objectives):
+        for label, columns in found["log p(X), nats"].items():
+            rows = [(f"`{re.sub('mopoe.py (?=--)', '', label)}`", columns)]
+            if label in found[MIXED]:
+                rows.append(("the same, mixed", found[MIXED][label]))
+            if label in of_paper:
+                rows.append(("paper", of_paper[label]["columns"]))
+            cells = ((name, *(evaluate.plus_minus(*row[S]) for S in columns)) for name, row in rows)
+            assert "\n".join(f"| {' | '.join(row)} |" for row in cells) in RESULTS
 
 
 def test_the_table_of_mnist_svhn_is_that_of_results():
@@ -368,21 +392,43 @@ def test_the_table_of_batches_on_polymnist_is_that_of_results():
         assert_row(label, [coherence, *(f"{value:.1f}" for value in rest)])
 
 
-def test_the_variances_of_log_weights_are_those_of_results():
-    found, papers = (
-        measured("binary-mnist-label-340__*.json"),
-        json.loads(evaluate.PAPERS.read_text()),
-    )
-    of_paper, ours, theirs = papers["binary-mnist-label"]["mvae"], [], []
+@pytest.mark.parametrize(
+    "file, dataset, grey",
+    [
+        ("binary-mnist-label-340", "binary-mnist-label", ""),
+        ("mnist-label", "mnist-label", ", grey"),
+    ],
+)
+def test_the_likelihoods_of_mnist_with_labels_are_those_of_results_and_of_the_paper(
+    file, dataset, grey
+):
+    results = evaluate.read_results(ROOT / "results" / f"{file}__mvae__0.json")
+    found = evaluate.statistics([results])
+    papers = json.loads(evaluate.PAPERS.read_text())[dataset]["mvae"]
+    lines, variances = [f"| | by samples of | here{grey} | paper, by samples of q(z\\|x1,x2) |"], []
+    lines.append("|---|---|---|---|")
+    for title, metric, column, more in (
+        ("log p(x1)", "log p(x) of one, nats", "{} → image", ""),
+        ("log p(X)", "log p(X), nats", "{}", ""),
+        ("log p(x1\\|x2)", LOG_P_GIVEN, "{} → image", ", and q(z\\|x2) for log p(x2)"),
+    ):
+        by_image, by_both = (
+            found[metric]["mvae.py"][column.format(S)][0] for S in ("image", "image+label")
+        )
+        (paper,) = papers[metric][0]["columns"].values()
+        lines.append(f"| {title} | q(z\\|x1){more} | {by_image:.1f} | |")
+        lines.append(f"| | q(z\\|x1,x2){more} | {by_both:.1f} | {paper[0]:.1f} |")
+    assert "\n".join(lines) + "\n\n" in RESULTS
     for metric, column in (
         ("variance of log w, log p(x) of one", "image+label → image"),
         ("variance of log w, log p(X)", "image+label"),
         ("variance of log w, one given the others", "image+label → image"),
     ):
-        ours.append(evaluate.plus_minus(found[metric]["mvae.py"][column][0]))
-        theirs.append(evaluate.plus_minus(of_paper[metric][0]["columns"][column][0]))
-    assert_row("`mvae.py`", ours)
-    assert_row("paper", theirs)
+        paper = papers[metric][0]["columns"][column][0]
+        variances.append((found[metric]["mvae.py"][column][0], paper))
+    ours, theirs = zip(*variances, strict=True)
+    assert_row(f"`mvae.py`{grey}", [f"{value:.1f}" for value in ours])
+    assert_row(f"paper{grey}", [f"{value:.1f}" for value in theirs])
 
 
 def test_the_table_of_speed_is_that_of_results():
