@@ -122,6 +122,8 @@ LOG_P = [("log p(x) of one, nats", "image+label → image"), ("log p(X), nats", 
 OF_FACES = [(metric, column.replace("label", "attributes")) for metric, column in LOG_P]
 LABEL = ("labels and texts generated as they are, %", "image → label")
 DIGITS = ("their symbols, %", "image → text")
+STRING = (LABEL[0], "image → text")
+COUNTS = [(CROSS, "image → text"), (CROSS, "text → image")]
 MEAN_AP = "mean average precision of the latents, %"
 CROSS_AP = "mean average precision from a subset to a target, %"
 OF_TEXTS = [(CROSS_AP, "image → text"), (CROSS_AP, "text → image")]
@@ -142,7 +144,8 @@ def test_the_numbers_beside_the_papers_are_those_of_results():
     rows += [("binary-mnist-label-340__*", "mvae.py", LOG_P, 0)]
     rows += [("mnist-label__*", "mvae.py", LOG_P, 0)]
     rows += [("fashion-label-weight__*", "mvae.py --supervision 1.0", [LABEL], -1)]
-    rows += [("multimnist__*", "mvae.py", [DIGITS], -1)]  # of the shares the last
+    for share, which in ((1.0, -1), (0.01, 3)):
+        rows += [("multimnist__*", f"mvae.py --supervision {share}", [DIGITS], which)]
     rows += [("celeba-attr__*", "mvae.py", OF_FACES, 0)]
     rows += [("celeba-text__*", label, OF_TEXTS, 0) for label in COMPARED]
     (table,) = re.findall(r"^\| data, paper .*\n\|.*\n((?:\|.*\n)+)", README, re.MULTILINE)
@@ -327,6 +330,21 @@ def test_the_table_of_few_labels_is_that_of_results_and_of_the_paper():
     titles += [f"λ = {weight}, {title}" for weight in (1, 2) for title in titles]
     titles.append("paper, image → label, %")
     for title, *values in zip(titles, *columns, strict=True):
+        assert_row(title, [f"{value:.1f}" for value in values])
+
+
+def test_the_table_of_multimnist_by_shares_is_that_of_results_and_of_the_paper():
+    found, columns = measured("multimnist__*.json"), []
+    papers = json.loads(evaluate.PAPERS.read_text())["multimnist"]["mvae"][DIGITS[0]]
+    for share in (1.0, 0.1, 0.01):
+        label = f"mvae.py --supervision {share}"
+        (paper,) = [p for p in papers if p["options"]["supervision"] == [share]]
+        shown = (DIGITS, STRING, *COUNTS, JOINT, ("log p(X), nats", "image+text"))
+        columns.append([found[metric][label][column][0] for metric, column in shown])
+        columns[-1].append(paper["columns"]["image → text"][0])
+    titles = ["image → digits, %", "image → whole string, %", "number of digits, image → text, %"]
+    titles += ["number of digits, text → image, %", "number of digits, joint, %", "log p(X)"]
+    for title, *values in zip([*titles, "paper, image → digits, %"], *columns, strict=True):
         assert_row(title, [f"{value:.1f}" for value in values])
 
 
