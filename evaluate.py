@@ -676,6 +676,7 @@ def factors_of(q):
 # What tables and figures show of the results: a metric, and the keys with its columns.
 ORACLE, JOINT = "class of the whole image, by the oracle, %", "joint coherence, %"
 CROSS = "coherence from a subset to a target, %"
+MIXED = "log p(X), weights mixed as in MoPoE's code, nats"
 CLASSIFIERS = "the classifiers' accuracy on test data, %"
 METRICS = {
     ORACLE: r"oracle_accuracy/(.+)",
@@ -690,7 +691,7 @@ METRICS = {
     "their symbols, %": r"symbol_accuracy/(.+/.+)",
     "100 × correlation of pictures and captions, %": r"correlation/(.+)",
     "log p(X), nats": r"log_likelihood/(.+)",
-    "log p(X), weights mixed as in MoPoE's code, nats": r"mixed_log_likelihood/(.+)",
+    MIXED: r"mixed_log_likelihood/(.+)",
     "log p(x) of one, nats": r"marginal/(.+/.+)",
     "log p(x) of one given the others, nats": r"conditional/(.+/.+)",
     "variance of log w, log p(X)": r"log_weight_variance/log_likelihood/(.+)",
@@ -804,6 +805,8 @@ def comparison(runs, markdown=False):
                     continue
                 theirs = [plus_minus(*paper["columns"].get(column, [None])) for column in columns]
                 cells.append([paper["source"], *theirs, str(paper["epochs"]), str(paper["seeds"])])
+        if metric == MIXED and len(cells) == 1 + len(rows):
+            continue  # of use beside a paper's numbers only
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         if markdown:
             cells.insert(1, ["---"] * len(widths))

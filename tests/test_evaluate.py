@@ -914,6 +914,15 @@ def test_a_papers_number_stands_below_the_runs_of_its_method():
     assert "Sutter" not in evaluate.comparison(runs)
 
 
+@pytest.mark.parametrize("beta, shown", [(5.0, True), (1.0, False)])
+def test_mixed_log_likelihoods_are_shown_beside_a_papers_only(beta, shown):
+    on_text = {"dataset": "mnist-svhn-text", "mixed_log_likelihood/mnist": -2000.0}
+    runs = [made("mvae", beta=beta) | on_text]
+    table = evaluate.comparison(runs)
+    assert (evaluate.MIXED in table) == ("Table 4" in table) == shown
+    assert evaluate.MIXED in evaluate.statistics(runs)
+
+
 def test_the_papers_numbers_are_of_what_there_is():
     for name, scripts in json.loads(evaluate.PAPERS.read_text()).items():
         assert name in datasets.LOADERS

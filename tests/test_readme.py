@@ -116,8 +116,7 @@ HALVES = [
     ("class of the whole image, by the oracle, %", S) for S in ("top+bottom", "top", "bottom")
 ]
 LOG_P_GIVEN = "log p(x) of one given the others, nats"
-MIXED = "log p(X), weights mixed as in MoPoE's code, nats"
-MIXED_LOG_P = [(MIXED, "mnist+svhn+text"), (MIXED, "mnist")]
+MIXED_LOG_P = [(evaluate.MIXED, "mnist+svhn+text"), (evaluate.MIXED, "mnist")]
 LOG_P = [("log p(x) of one, nats", "image+label → image"), ("log p(X), nats", "image+label")]
 OF_FACES = [(metric, column.replace("label", "attributes")) for metric, column in LOG_P]
 LABEL = ("labels and texts generated as they are, %", "image → label")
@@ -237,15 +236,15 @@ def test_the_log_likelihoods_of_mnist_svhn_text_are_those_of_results_and_of_the_
     papers = json.loads(evaluate.PAPERS.read_text())["mnist-svhn-text"]
     methods = measured("mnist-svhn-text__*.json")
     objectives = measured("mnist-svhn-text-objective__*.json")
-    of_paper = {f"{script}.py": metrics[MIXED][0] for script, metrics in papers.items()}
-    *_, definition_1, eq_5 = papers["mopoe"][MIXED]
+    of_paper = {f"{script}.py": metrics[evaluate.MIXED][0] for script, metrics in papers.items()}
+    *_, definition_1, eq_5 = papers["mopoe"][evaluate.MIXED]
     of_paper["mopoe.py --expectation stratified --kl components"] = definition_1
     of_paper["mopoe.py --expectation all --kl components"] = eq_5
     for found in (methods, objectives):
         for label, columns in found["log p(X), nats"].items():
             rows = [(f"`{re.sub('mopoe.py (?=--)', '', label)}`", columns)]
-            if label in found[MIXED]:
-                rows.append(("the same, mixed", found[MIXED][label]))
+            if label in found[evaluate.MIXED]:
+                rows.append(("the same, mixed", found[evaluate.MIXED][label]))
             if label in of_paper:
                 rows.append(("paper", of_paper[label]["columns"]))
             cells = ((name, *(evaluate.plus_minus(*row[S]) for S in columns)) for name, row in rows)
