@@ -320,7 +320,7 @@ def weigh(log_w):
     return log_mean_exp(log_w, 0), effective, log_w.var(0, correction=min(1, len(log_w) - 1))
 
 
-def mixed(log_w):
+def mixed_over_tuples(log_w):
     """Of log weights (samples, tuples) the log of means over as many tuples, one sample of each, in
     place of each tuple's own samples, (tuples,): the released code of MoPoE takes rows of weights
     that are sample-major as if they were tuple-major. The tuples are shuffled, as there."""
@@ -338,8 +338,8 @@ def log_likelihood(model, test, samples=IMPORTANCE_SAMPLES, proposals="all"):
     miss much of theirs; with proposals "full" there is none. Its variance is that of the log of
     p(x_i|z) q(z|others) / q(z|x_S) (Wu & Goodman 2018, Section 5 and supplement, Tables 1 and 2).
 
-    Beside log p(X) stands what the released code of MoPoE makes of the same weights (`mixed`), to
-    compare with published numbers; it is no estimate of log p(X).
+    Beside log p(X) stands what the released code of MoPoE makes of the same weights, by
+    `mixed_over_tuples`, to compare with published numbers; it is no estimate of log p(X).
     """
     names, subsets = [m.name for m in model.modalities], subsets_of(model.modalities)
     subsets = [names] if proposals == "full" else subsets
@@ -377,7 +377,7 @@ def log_likelihood(model, test, samples=IMPORTANCE_SAMPLES, proposals="all"):
                 conditionals.append((metric, rest, estimates[joint][0], variance))
             else:
                 put(metric, value, variance, effective)
-        results[f"mixed_{joint}"] = mixed(torch.cat(joint_weights, 1)).mean().item()
+        results[f"mixed_{joint}"] = mixed_over_tuples(torch.cat(joint_weights, 1)).mean().item()
     for metric, rest, value, variance in conditionals:
         if rest in own:
             put(metric, value - own[rest], variance)

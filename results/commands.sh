@@ -87,7 +87,7 @@ run_full polymnist-batch-80__mopoe__0 mopoe --dataset polymnist --beta 2.5 --bat
 run polymnist-singletons__mopoe__0 mopoe --dataset polymnist --beta 2.5 --subsets singletons --amp \
     --epochs 20
 # Backgrounds that are five mosaics of 64 faces each.
-rm -rf runs/faces runs/polymnist-faces
+rm -rf runs/faces
 mkdir -p runs/faces
 python - << 'END'
 import os
@@ -103,10 +103,8 @@ for first in range(0, len(files), 64):
         mosaic.paste(Image.open(file).resize((64, 64)), (64 * (i % 8), 64 * (i // 8)))
     mosaic.save(f"runs/faces/{first:03}.png")
 END
-python mopoe.py --dataset polymnist --beta 2.5 --amp --epochs 20 --backgrounds runs/faces --no-eval \
-    --runs-dir runs/polymnist-faces
-python evaluate.py --importance-samples 1 runs/polymnist-faces/*
-cp runs/polymnist-faces/*/results.json results/polymnist-faces__mopoe__0.json
+run_with "--importance-samples 1" polymnist-faces__mopoe__0 mopoe --dataset polymnist --beta 2.5 --amp \
+    --epochs 20 --backgrounds runs/faces
 
 for share in 1 0.1 0.01 0.001; do
     for script in mvae mmvae mopoe svae vaevae; do
