@@ -34,7 +34,7 @@ adds E_q(z|x_S)[Σ_{i in S} log p(x_i|z)] - Σ_{i in S} KL(q(z|x_S) || q(z|x_S w
 but the whole also - KL(q(z|x_S) || p(z)), each summed over the forms of the posteriors in it. Of
 (D.29) this leaves out the KL to the absent modality's posterior; (D.31) is taken as a sum over
 unordered pairs. `svae` adds the ELBOs of a complete tuple's modalities here, too, as do Eq. (7) and
-the released code; `vaevae` is (D.30), which has the ELBOs of unpaired data only. With five
+the released code; (D.30) has those of unpaired data only, and so has `vaevae`. With five
 modalities that is 220 decodings of a complete tuple. With `--expectation stratified` it has, of the
 S with 1 < |S| < M, the terms of one random S only, times the inverse of that S's share of the
 batch: the same in expectation, at 18 decodings.
@@ -163,7 +163,7 @@ class SVAE(nn.Module):
     def allotted(self, subsets, B, complete):
         """{S: the rows on which S's terms are computed} and {S: the factor by which these count}.
         With --expectation stratified each complete tuple has one random S with 1 < |S| < M, and
-        the B rows are divided evenly among such S; else, or of fewer rows than there are such S,
+        the B rows are divided evenly among such S; else, or where there are more such S than rows,
         every S has all rows."""
         rows, times = dict.fromkeys(subsets, slice(None)), dict.fromkeys(subsets, 1.0)
         between = [S for S in subsets if 1 < len(S) < len(self.modalities)]

@@ -3,8 +3,8 @@
 Semi-Supervised Learning: In Defense of Product-of-Experts", 2021, state and measure it.
 
 Every subset of the modalities has a posterior of its own. For two or more modalities it is a joint
-network with its own encoders, the 2021 paper's variant (b); `--joint poe` is its variant (a), the
-product of the q(z|x_i).
+network with its own encoders, variant (b) as the 2021 paper calls it; `--joint poe` is variant (a),
+the product of the q(z|x_i).
 
     python vaevae.py                                   polydigits, some six minutes on two CPU cores
     python vaevae.py --dataset polymnist --beta 2.5    β and D of Sutter et al. 2021
@@ -158,7 +158,7 @@ class VAEVAE(nn.Module):
     def allotted(self, subsets, B, complete):
         """{S: the rows on which S's terms are computed} and {S: the factor by which these count}.
         With --expectation stratified each complete tuple has one random S with 1 < |S| < M, and
-        the B rows are divided evenly among such S; else, or of fewer rows than there are such S,
+        the B rows are divided evenly among such S; else, or where there are more such S than rows,
         every S has all rows."""
         rows, times = dict.fromkeys(subsets, slice(None)), dict.fromkeys(subsets, 1.0)
         between = [S for S in subsets if 1 < len(S) < len(self.modalities)]
