@@ -20,7 +20,6 @@ import itertools
 import json
 import math
 import os
-import pickle
 import platform
 import shlex
 import shutil
@@ -34,7 +33,6 @@ from pathlib import Path
 import numpy as np
 import sklearn
 import torch
-import torch.distributed
 import torch.nn.functional as F
 from torch import nn
 from torch.distributions import Bernoulli, Categorical, Independent, Laplace, Normal
@@ -243,6 +241,16 @@ def fail(message):
     raise SystemExit(2)
 
 
+@contextlib.contextmanager
+def damaged(fault):
+    """Turns any exception inside, since damaged bytes end in any, into a UserError."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001
+        reason = str(error).split(". ")[0]  # not PyTorch's advice to trust the file
+        raise UserError(f"{fault} ({reason or type(error).__name__:.200})") from None
+
+
 def command(main):
     """Decorate a script's main: a user's mistake or a file's fault is one line and exit code 2,
     Ctrl-C exit code 130, neither with a traceback; a closed output pipe ends it silently."""
@@ -303,16 +311,9 @@ def parser(description, defaults):
     )
     p.error = fail
     add = p.add_argument_group("data").add_argument
-
-    def dataset(text):
-        if text in defaults or text.endswith(".npz"):
-            return text
-        names = ", ".join(defaults)
-        raise argparse.ArgumentTypeError(f"{text!r} is not one of {names}, or a FILE.npz")
-
     about = "one of " + ", ".join(defaults) + ", or own data as FILE.npz"
     first = next(iter(defaults))
-    add("--dataset", type=dataset, metavar="NAME", default=first, help=about)
+    add("--dataset", metavar="NAME", default=first, help=about)
     folder = os.environ.get("MULTIMODAL_DATA", "data")
     about = "folder of the data, may be read-only (default: $MULTIMODAL_DATA, else data)"
     add("--data-dir", metavar="DIR", default=folder, help=about)
@@ -401,7 +402,7 @@ def read_facts(run, option=""):
             return facts
     except FileNotFoundError:
         raise UserError(f"{option}{run}: is no run (it has no args.json)") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):  # JSON's and UTF-8's are ValueErrors
         pass
     raise UserError(f"{option}{path}: is damaged")
 
@@ -463,12 +464,11 @@ def open_run(args, script, source, start=0):
     logs cut to `start` epochs.
     """
     print(f"{args.dataset}: {source}", flush=True)
-    device = parse_device(args.device)
     if not Path(script).stem.isidentifier():
         raise UserError(f"{script}: its name must be a Python identifier, for evaluate.py")
     if args.resume:
         run = Path(args.resume)
-        before = read_facts(run, "--resume ")["source"]
+        before = read_facts(run)["source"]
         if before != source:
             raise UserError(f"--resume {run}: was trained on {before}, here is {source}")
         for half_written in run.glob(".checkpoint.pt.*"):
@@ -478,20 +478,25 @@ def open_run(args, script, source, start=0):
     else:
         stamp = time.strftime("%Y%m%d-%H%M%S")
         stem = f"{Path(args.dataset).stem}__{Path(script).stem}__{args.seed}__{stamp}"
-        # The cache is needed after training only, too late to hear that it cannot be.
-        for folder in (args.runs_dir, *(() if args.no_eval else (args.cache_dir,))):
-            Path(folder).mkdir(parents=True, exist_ok=True)
+        Path(args.runs_dir).mkdir(parents=True, exist_ok=True)
+        if not args.no_eval:  # needed after training only, too late to hear that it cannot be
+            Path(args.cache_dir).mkdir(parents=True, exist_ok=True)
         for n in itertools.count(1):
             run = Path(args.runs_dir) / (stem if n == 1 else f"{stem}-{n}")
             with contextlib.suppress(FileExistsError):
                 run.mkdir()
                 break
+    device = parse_device(args.device)
     facts = {
         "options": vars(args) | {"resume": ""},
         "source": source,
         "git": git_revision(script),
-        "versions": {"python": platform.python_version()}
-        | {module.__name__: module.__version__ for module in (torch, np, sklearn)},
+        "versions": dict(
+            python=platform.python_version(),
+            torch=torch.__version__,
+            numpy=np.__version__,
+            sklearn=sklearn.__version__,
+        ),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
     }
@@ -557,25 +562,13 @@ def load_checkpoint(run):
     path = Path(run) / "checkpoint.pt"
     if not path.is_file():
         raise UserError(f"{run}: is no folder of a run, there is no checkpoint.pt in it")
-    try:
-        if not zipfile.is_zipfile(path):  # torch.load would take a bare pickle for an old format
-            raise ValueError
+    fault = f"{path}: is damaged, or holds more than plain data"
+    with damaged(fault), zipfile.ZipFile(path):  # torch.load would warn of a bare pickle
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError):
-        raise UserError(f"{path}: is damaged, or holds more than plain data") from None
     keys = {"script", "class", "kwargs", "modalities", "epoch", "model", "optimizer"}
     if not isinstance(state, dict) or state.keys() != keys:
         raise UserError(f"{path}: is not a checkpoint of these scripts")
     return state
-
-
-def load_weights(model, state, path):
-    """Copy a checkpoint's weights into the model; a mismatch is one line."""
-    try:
-        model.load_state_dict(state["model"])
-    except (RuntimeError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path}: does not fit {type(model).__name__}: {reason:.200}") from None
 
 
 def restore(args, model, optimizer):
@@ -585,12 +578,11 @@ def restore(args, model, optimizer):
     if (state["script"], state["class"]) != (script, type(model).__name__):
         of = f"{state['class']} of {state['script']}.py"
         raise UserError(f"{path}: holds a {of}, not a {type(model).__name__} of {script}.py")
-    load_weights(model, state, path)
+    with damaged(f"{path}: does not fit {type(model).__name__}"):
+        model.load_state_dict(state["model"])
     capturable = optimizer.param_groups[0]["capturable"]  # the device's, which may be another
-    try:
+    with damaged(f"{path}: its optimiser does not fit"):
         optimizer.load_state_dict(state["optimizer"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: its optimiser does not fit: {error}") from None
     optimizer.param_groups[0]["capturable"] = capturable
     if args.epochs < state["epoch"]:
         raise UserError(f"--epochs {args.epochs}: the run has done {state['epoch']} already")
@@ -787,19 +779,23 @@ class LeadingDimensions(nn.Module):
 
 
 class Symbols(nn.Module):
-    """Integers (B, *shape) as channels (B, categories, *shape) or, backwards, such channels as
-    logits (B, *shape, categories)."""
+    """Integers (B, *shape) as channels (B, categories, *shape)."""
 
-    def __init__(self, categories, backwards=False):
+    def __init__(self, categories):
         super().__init__()
-        self.categories, self.backwards = categories, backwards
+        self.categories = categories
 
     def forward(self, x):
-        if self.backwards:
-            return x.movedim(1, -1)
         if not x.is_floating_point():
             x = F.one_hot(x, self.categories).to(torch.get_default_dtype())
         return x.movedim(-1, 1)
+
+
+class Logits(nn.Module):
+    """Channels (B, categories, *shape) as logits (B, *shape, categories)."""
+
+    def forward(self, x):
+        return x.movedim(1, -1)
 
 
 class Words(nn.Embedding):
@@ -916,7 +912,7 @@ def convolutions(
             # Without what a stride leaves over, the way back would end smaller.
             net.append(build(found[i + 1][0], found[i][0], *geometry, output_padding=over[i]))
         if modality.likelihood == "categorical":
-            net.append(Symbols(modality.categories, backwards=True))
+            net.append(Logits())
         return nn.Sequential(*net, last())
 
     return encoder, decoder

@@ -31,7 +31,7 @@ from sklearn.datasets import load_digits, load_sample_images
 from sklearn.model_selection import train_test_split
 from torchvision.datasets.utils import check_integrity, download_url
 
-from common import Modality, UserError, replace
+from common import Modality, UserError, damaged, replace
 
 # For each data set the settings of the papers that use it; a script's DEFAULTS override them.
 MVAE_ON_MNIST = dict(epochs=500, batch_size=100, lr=1e-3, latent_dim=64)
@@ -108,9 +108,10 @@ class Split:
         is None where nothing is missing, else a (B, M) mask in the order of `tensors`. With streams
         rows are those of `epoch_order`, and x[name] has the complete tuples' and after them as many
         of its own stream, for `common.Streams`."""
-        x, (complete, *alone) = {}, rows.chunk(len(self.streams) or 1)
+        complete, *alone = rows.chunk(len(self.streams) or 1)
+        x = {}
         for i, (name, t) in enumerate(self.tensors.items()):
-            t = t[self.index[name][torch.cat([complete, *alone[i : i + 1]])]]
+            t = t[self.index[name][torch.cat([complete, alone[i]]) if alone else rows]]
             if t.dtype == torch.uint8:
                 t = t.float() / 255
                 t = torch.bernoulli(t) if self.drawn else t
@@ -144,8 +145,8 @@ def from_tensors(train, test, modalities, source="tensors"):
     for part, (tensors, labels, *index) in (("train", train), ("test", test)):
         labels, part = torch.as_tensor(labels).long(), f"{source}: {part}"
         require(len(labels) > 1, f"{part} has {len(labels)} tuples, must have at least 2")
-        rows = dict.fromkeys(names, torch.arange(len(labels)))
-        rows |= {name: torch.as_tensor(i).long() for given in index for name, i in given.items()}
+        rows = index[0] if index else dict.fromkeys(names, torch.arange(len(labels)))
+        rows = {name: torch.as_tensor(i).long() for name, i in rows.items()}
         for found in (tensors.keys(), rows.keys()):
             require(found == names, f"{part} has {sorted(found)}, not the modalities' names")
         tensors = {m.name: torch.as_tensor(tensors[m.name]).contiguous() for m in modalities}
@@ -171,14 +172,11 @@ def load(args):
     """The Data that the options of the group "data" name. Raises UserError in one line where
     something is missing or damaged."""
     loader = tensor_file if args.dataset.endswith(".npz") else LOADERS.get(args.dataset)
-    # Of the command line it is one of LOADERS, of an older run it may be gone.
-    require(loader, f"--dataset {args.dataset}: there is none of this name here")
+    names = ", ".join(LOADERS)
+    require(loader, f"--dataset {args.dataset}: is not one of {names}, or a FILE.npz")
     for option in ("backgrounds", "download"):
-        other = loader is tensor_file or args.dataset in SETTINGS.keys() - {"polymnist"}
-        require(
-            not (getattr(args, option) and other),
-            f"--{option}: belongs to --dataset polymnist, not {args.dataset}",
-        )
+        fits = args.dataset == "polymnist" or not getattr(args, option)
+        require(fits, f"--{option}: belongs to --dataset polymnist, not {args.dataset}")
     # Under torchrun the first process of each host downloads and decodes for the others.
     distributed = torch.distributed.is_initialized()
     first = os.environ.get("LOCAL_RANK", "0") == "0"
@@ -234,13 +232,8 @@ def with_streams(split, supervision, seed):
     chosen = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))
     complete = chosen[: round(supervision * len(split))]
     complete = complete[observed[complete].all(1)]
+    require(len(complete), f"--supervision {supervision}: leaves 0 of {len(split)} tuples complete")
     streams = complete, *(seen.nonzero()[:, 0] for seen in observed.T)
-    require(
-        all(map(len, streams)),
-        f"--supervision {supervision}{'' if split.observed is None else ' and --keep'}: leaves "
-        f"{len(complete)} of {len(split)} tuples complete, and "
-        f"{', '.join(map(str, map(len, streams[1:])))} examples of the modalities",
-    )
     return dataclasses.replace(split, streams=streams)
 
 
@@ -271,7 +264,7 @@ def cached(cache_dir, name, key, build):
     The file is written under another name and renamed, so a file that is there is whole, and two
     builders of it both succeed.
     """
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     path = Path(cache_dir) / f"{name}-{digest}.pt"
     if path.is_file():
         with damaged(f"{path}: is damaged, delete it to build it anew"):
@@ -290,16 +283,6 @@ def absent(folder, name, files, reason=""):
         f"--data-dir {folder}: {name} is not there and cannot be downloaded{reason}; put {files}, "
         "or try --dataset polydigits, which needs no files"
     )
-
-
-@contextmanager
-def damaged(fault):
-    """Turns any exception inside, since damaged bytes end in any, into a UserError."""
-    try:
-        yield
-    except Exception as error:  # noqa: BLE001
-        reason = str(error).split(". ")[0]  # not PyTorch's advice to trust the file
-        raise UserError(f"{fault} ({reason or type(error).__name__})") from None
 
 
 @contextmanager
@@ -455,13 +438,6 @@ def authors_polymnist(place, cache_dir):
     kinds = ("*.png", "*.pt")
     files = sorted(f for kind in kinds for f in place.rglob(kind)) if place.is_dir() else [place]
 
-    def listed():
-        if place.is_dir():
-            return files
-        with damaged(f"{place}: is not a zip file"):
-            archive = zipfile.ZipFile(place)
-            return [zipfile.Path(archive, name) for name in archive.namelist()]
-
     def pixels(file):
         x = np.asarray(picture(file))
         require(x.shape == (28, 28, 3), f"{file} is {x.shape[:2]}, must be 28×28")
@@ -477,8 +453,12 @@ def authors_polymnist(place, cache_dir):
 
     def decode():
         pictures = {(part, f"m{m}"): {} for part in ("train", "test") for m in range(5)}
-        tensors = {}
-        for file in listed():
+        tensors, inside = {}, files
+        if not place.is_dir():
+            with damaged(f"{place}: is not a zip file"):
+                archive = zipfile.ZipFile(place)
+                inside = [zipfile.Path(archive, name) for name in archive.namelist()]
+        for file in inside:
             name = Path(str(file)).as_posix()
             if found := re.search(r"\b(train|test)/(m[0-4])/(\d+)\.(\d)\.png$", name):
                 part, modality, index, digit = found.groups()
@@ -512,8 +492,6 @@ def authors_polymnist(place, cache_dir):
 
 
 ZENODO_RECORD = "https://zenodo.org/api/records/4899160"
-# What a reply raises that is not the record, or has another form.
-NO_RECORD = (ValueError, KeyError, TypeError, AttributeError, StopIteration)
 
 
 def download_polymnist(root):
@@ -521,7 +499,8 @@ def download_polymnist(root):
     target = root / "PolyMNIST.zip"
     if target.exists():
         return
-    try:
+    advice = f"put {target.name} into {root} by hand, or leave --download out"
+    with damaged(f"--download: {ZENODO_RECORD} cannot be fetched; {advice}"):
         with urllib.request.urlopen(ZENODO_RECORD, timeout=60) as reply:
             files = json.load(reply)["files"]
         entry = next(file for file in files if file["key"] == target.name)
@@ -540,11 +519,6 @@ def download_polymnist(root):
             temporary.rename(target)
         finally:
             temporary.unlink(missing_ok=True)
-    except (OSError, http.client.HTTPException, *NO_RECORD) as error:
-        raise UserError(
-            f"--download: {ZENODO_RECORD} cannot be fetched ({error}); put PolyMNIST.zip into "
-            f"{root} by hand, or leave --download out"
-        ) from None
 
 
 # --------------------------------------------------------------------------------------- MNIST
@@ -676,8 +650,9 @@ def small_digits():
 
 def held_out(images, labels):
     """((train images, labels), (test images, labels)), 300 to test, stratified by class."""
-    split = train_test_split(images, labels, test_size=300, stratify=labels, random_state=0)
-    return split[::2], split[1::2]
+    options = dict(test_size=300, stratify=labels, random_state=0)
+    x, x_test, y, y_test = train_test_split(images, labels, **options)
+    return (x, y), (x_test, y_test)
 
 
 def labelled(parts, network, source):
@@ -875,7 +850,7 @@ def celeba(args, side):
             files = f"{pictures.name}, {tables[0].name} and {tables[1].name} into {root}"
             raise absent(args.data_dir, "CelebA", f"{files} ({path.name} is missing)")
     rows, parts = ([line.split() for line in lines_of(path)] for path in tables)
-    header, rows = (rows[1:2] or [[]])[0], rows[2:]
+    header, rows = rows[1] if len(rows) > 1 else [], rows[2:]
     lacking = [name for name in ATTRIBUTES.split() if name not in header]
     demand = f"{tables[0]}: the second line must name attributes, in ASCII"
     require(not lacking, f"{demand}, among them {', '.join(lacking)}")

@@ -39,8 +39,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score
 from sklearn.pipeline import make_pipeline
-from torch.distributions import Categorical, MixtureSameFamily
-from torch.distributions.kl import kl_divergence
+from torch.distributions import Categorical, MixtureSameFamily, kl_divergence
 from tqdm import tqdm
 
 import datasets
@@ -50,11 +49,11 @@ from common import (
     UserError,
     capture,
     command,
+    damaged,
     encoder,
     fail,
     generated,
     load_checkpoint,
-    load_weights,
     log_mean_exp,
     number,
     parse_device,
@@ -188,18 +187,19 @@ def classifiers(train, test, modalities, strips, cache_dir):
     device, accuracy = train.labels.device, {}
     classes = train.labels.shape[1] if train.labels.ndim == 2 else int(train.labels.max()) + 1
     # One attribute alone does not tell the others; `symbol_metrics` says whether it is right.
-    judged = [m for m in modalities if train.labels.ndim == 1 or m.shape != (1,)]
-    kinds = {m.name: (lambda m=m: encoder(m, classes), itemgetter(m.name)) for m in judged}
-    if strips:
-        kinds[WHOLE] = (lambda: resnet18(modalities[0].shape[0], classes)), whole
+    judged = [[m] for m in modalities if train.labels.ndim == 1 or m.shape != (1,)]
     named = {}
-    for name, (make, seen) in tqdm(kinds.items(), "classifiers", leave=False, disable=None):
+    for used in tqdm(judged + [modalities] * strips, "classifiers", leave=False, disable=None):
         torch.manual_seed(0)
-        net = make().to(device)
-        used = [train.fingerprint(m.name) for m in modalities if name in (m.name, WHOLE)]
+        if len(used) == 1:
+            name, net = used[0].name, encoder(used[0], classes)
+            seen = itemgetter(name)
+        else:
+            name, net, seen = WHOLE, resnet18(used[0].shape[0], classes), whole
+        net.to(device)
         own = {type(m) for m in net.modules() if not type(m).__module__.startswith("torch")}
         code = [inspect.getsource(train_classifier), *sorted(map(inspect.getsource, own))]
-        key = [used, repr(net), code, torch.__version__]
+        key = [[train.fingerprint(m.name) for m in used], repr(net), code, torch.__version__]
         if name == WHOLE:
             key += [*map(inspect.getsource, (resnet18, whole)), torchvision.__version__]
         build = functools.partial(train_classifier, net, seen, train)
@@ -437,8 +437,10 @@ def symbol_metrics(model, test):
     results, symbols = defaultdict(float), defaultdict(int)
     for subset in subsets_of(model.modalities):
         targets = [m for m in kinds if m.name not in subset]
+        if not targets:
+            continue
         torch.manual_seed(0)
-        for x in chunks(test) if targets else ():
+        for x in chunks(test):
             z = model.posterior({name: x[name] for name in subset}).sample()
             made = model.decode(z, [m.name for m in targets])
             for m in targets:
@@ -651,7 +653,9 @@ def draw_latents(folder, model, test):
     figure.savefig(folder / "latents.png", dpi=100)
     plt.close(figure)
 
-    for name, q in factors.items() if len(factors) <= 8 else ():
+    if len(factors) > 8:
+        return
+    for name, q in factors.items():
         grid = []
         for d in order[:3].tolist():
             z = q.mean[:1].repeat(11, 1)
@@ -699,7 +703,7 @@ METRICS = {
     "variance of log w, one given the others": r"log_weight_variance/conditional/(.+/.+)",
     CLASSIFIERS: r"classifier_accuracy/(.+)",
 }
-LIKELIHOODS = ("marginal/", "conditional/", "log_weight_variance/")
+OF_LIKELIHOODS = ("marginal/", "conditional/", "log_weight_variance/")
 BY_SUBSET = ("latent_", "log_likelihood/", "mixed_", "log_weight_variance/log_likelihood/")
 PAPERS = Path(__file__).parent / "results" / "papers.json"
 # Options of the data, by which runs of different scripts are told apart, too.
@@ -722,7 +726,7 @@ def numbers(results):
         for key, column in keys.items():
             given, _, target = column.partition("/")
             own = target in given.split("+")
-            if target and (by_number or own) and not key.startswith(LIKELIHOODS):
+            if target and (by_number or own) and not key.startswith(OF_LIKELIHOODS):
                 continue
             if by_number and target and given.count("+") + 1 == max(sizes):
                 given = "all"
@@ -758,10 +762,13 @@ def groups(runs, apart=()):
         }
         label = [f"{script}.py"]
         for k in sorted(differ.difference(apart)):
-            if k in PROTOCOL and own[k] is not None:
+            option = f"--{k.replace('_', '-')}"
+            if own[k] is None or own[k] is False:
+                continue
+            if k in PROTOCOL:
                 label.append(f"({own[k]} {k.replace('_', ' ')})")
-            elif own[k] is not None and own[k] is not False:
-                label += [f"--{k.replace('_', '-')}", *[str(own[k])] * (own[k] is not True)]
+            else:
+                label.append(option if own[k] is True else f"{option} {own[k]}")
         by_label[" ".join(label)].append(results)
     return by_label
 
@@ -966,10 +973,9 @@ def load_run(path):
         raise UserError(f"{path}: its script {script!r} is not a file beside evaluate.py")
     module = importlib.import_module(script)
     method = getattr(module, str(name), None)
-    if not (inspect.isclass(method) and method.__module__ == script):
-        raise UserError(f"{path}: {script}.py does not define the class {name!r}")
-    if not hasattr(module, "arguments"):
-        raise UserError(f"{path}: {script}.py is not a script of a method")
+    own = inspect.isclass(method) and method.__module__ == script
+    if not (own and hasattr(module, "arguments")):
+        raise UserError(f"{path}: {script}.py is no script that defines the class {name!r}")
     if missing := vars(module.arguments([])).keys() - vars(args).keys():
         names = ", ".join(sorted(missing))
         raise UserError(f"{path}: is of another version of {script}.py, its options lack {names}")
@@ -978,7 +984,8 @@ def load_run(path):
         model = method(modalities, **state["kwargs"])
     except TypeError as error:
         raise UserError(f"{path}: does not fit {script}.py: {error}") from None
-    load_weights(model, state, path)
+    with damaged(f"{path}: does not fit {script}.py"):
+        model.load_state_dict(state["model"])
     return model, modalities, args
 
 
@@ -1086,8 +1093,6 @@ def draw_side_by_side(options):
     columns, seen = {}, set()
     runs = list(dict.fromkeys(options.runs))
     for run in runs:
-        if run.endswith(".json"):
-            raise UserError(f"--side-by-side: needs folders of runs, {run} has no model")
         model, data, _ = with_data(run, *load_run(run), options)
         names = [m.name for m in data.modalities]
         given = options.given or names[0]

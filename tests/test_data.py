@@ -422,7 +422,7 @@ def test_from_tensors_names_what_does_not_fit():
         with pytest.raises(UserError, match=fault):
             datasets.from_tensors((tensors, [0, 1, 2]), good, [m])
     for index, fault in (
-        ({"words": [0, 1, 2]}, r"train has \['text', 'words'\]"),
+        ({"words": [0, 1, 2]}, r"train has \['words'\]"),
         ({"text": [0, 1]}, "train's index of text must have 3 numbers below 3"),
         ({"text": [0, 1, 3]}, "train's index of text must have 3 numbers below 3"),
         ({"text": [0, 1, -1]}, "train's index of text must have 3 numbers below 3"),

@@ -994,7 +994,7 @@ def test_mistakes_in_a_comparison_are_one_line(tmp_path, capsys):
     old = made()
     del old["options"]["keep"]
     fails([*write(tmp_path, old), *figure, "--against", "keep"], "--against keep")
-    fails([str(tmp_path / "0.json"), "--side-by-side", "x.png"], "--side-by-side: needs")
+    fails([str(tmp_path / "0.json"), "--side-by-side", "x.png"], "is no folder of a run")
     fails([str(tmp_path / "0.json"), "--given", "x0"], "--given x0: needs --side-by-side")
     fails([str(tmp_path / "0.json"), "--against", "beta"], "--against beta: needs --figure")
     for option in ("--figure", "--side-by-side"):

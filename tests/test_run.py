@@ -49,7 +49,7 @@ every_script = pytest.mark.parametrize("script", SCRIPTS)
 def run(script, folder, *options, expect=0):
     """Run a script on `tiny` in this process; returns the run's folder (or None)."""
     argv = ["--runs-dir", str(folder / "runs"), "--cache-dir", CACHE.name, *options]
-    if "--dataset" not in options and "--resume" not in options:
+    if not any(option.startswith(("--dataset", "--resume")) for option in options):
         argv += ["--dataset", "tiny"]
     if expect:
         with pytest.raises(SystemExit) as stop:
@@ -888,9 +888,9 @@ def test_memory_that_is_not_there_is_one_line(empty, capsys):
     [
         ({"script": "os"}, "is not a file beside evaluate.py"),
         ({"script": "../mopoe"}, "is not a file beside evaluate.py"),
-        ({"script": "datasets", "class": "UserError"}, "does not define the class"),
-        ({"script": "common", "class": "Streams"}, "is not a script of a method"),
-        ({"class": "encoder"}, "does not define the class"),
+        ({"script": "datasets", "class": "UserError"}, "is no script that defines the class"),
+        ({"script": "common", "class": "Streams"}, "is no script that defines the class"),
+        ({"class": "encoder"}, "is no script that defines the class"),
         ({"kwargs": {"nonsense": 1}}, "does not fit"),
         ({"modalities": [{"name": "x"}]}, "does not fit"),
     ],
@@ -915,7 +915,7 @@ def test_a_data_set_that_is_no_more_is_named(reader, finished, tmp_path, capsys)
     with pytest.raises(SystemExit) as stop:
         resume("mopoe", path, "--epochs", "2") if reader == "resume" else evaluate.main([str(path)])
     assert stop.value.code == 2
-    one_line(capsys, "--dataset gone: there is none of this name")
+    one_line(capsys, "--dataset gone: is not one of")
 
 
 def test_a_run_says_where_its_data_are_no_longer_those_it_was_trained_on(
