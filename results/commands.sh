@@ -124,9 +124,17 @@ for script in mvae mmvae mopoe svae vaevae; do
     run "mnist-split-3__${script}__0" "$script" --dataset mnist-split-3 --epochs 6 --amp
 done
 
-for script in mvae mmvae mopoe; do
-    run "mnist-svhn-text__${script}__0" "$script" --dataset mnist-svhn-text --epochs 10 --amp
+for seed in 0 1 2; do
+    for script in mvae mmvae mopoe; do
+        run "mnist-svhn-text__${script}__$seed" "$script" --dataset mnist-svhn-text --seed "$seed" \
+            --epochs 10 --amp
+    done
 done
+for script in mvae mopoe; do
+    run "mnist-svhn-text-40__${script}__0" "$script" --dataset mnist-svhn-text --epochs 40 --amp
+done
+run_with "--importance-samples 12" mnist-svhn-text-12__mopoe__0 mopoe --dataset mnist-svhn-text \
+    --epochs 40 --amp
 run mnist-svhn-text__vaevae__0 vaevae --dataset mnist-svhn-text --joint poe --expectation stratified \
     --epochs 10 --amp
 run mnist-svhn-text__svae__0 svae --dataset mnist-svhn-text --expectation stratified --epochs 10 --amp

@@ -136,6 +136,7 @@ def test_the_numbers_beside_the_papers_are_those_of_results():
     rows += [("polymnist__*", label, [JOINT], 0) for label in COMPARED]
     rows += [("mnist-svhn-text__*", label, [LATENTS], 0) for label in COMPARED]
     rows += [("mnist-svhn-text__*", label, [JOINT], 0) for label in COMPARED]
+    rows += [("mnist-svhn-text-40__*", "mopoe.py", [LATENTS, JOINT], 0)]
     rows += [("mnist-svhn-text__*", label, MIXED_LOG_P, 0) for label in COMPARED]
     rows += [("mnist-split__*", f"{label} --supervision 1.0", HALVES, 0) for label in SPLIT]
     rows += [("mnist-svhn__*", "mmvae.py --K 10 --objective dreg", PAIRS, 0)]
@@ -151,14 +152,14 @@ def test_the_numbers_beside_the_papers_are_those_of_results():
     for line, (pattern, label, columns, which) in zip(table.splitlines(), rows, strict=True):
         *_, method, paper, here = line.strip("| ").split(" | ")
         found = measured(f"{pattern}.json")
-        of_paper = papers[re.sub("(-300|-340|-weight)?__.*", "", pattern)]
+        of_paper = papers[re.sub("(-300|-340|-40|-weight)?__.*", "", pattern)]
         script = label.partition(".py")[0]
         assert method.split(",")[0].lower() == script
         printed = [of_paper[script][metric][which]["columns"][name] for metric, name in columns]
         in_table = [float(number) for number in re.findall(r"[-\d.]+", paper)]
         assert in_table == pytest.approx([n for value in printed for n in value], abs=0.05)
-        ours = (found[metric][label][name][0] for metric, name in columns)
-        assert here == ", ".join(f"{value:.1f}" for value in ours)
+        ours = (evaluate.plus_minus(*found[metric][label][name]) for metric, name in columns)
+        assert here == ", ".join(ours)
 
 
 @pytest.mark.parametrize("dataset", ["polydigits", "polymnist"])
@@ -223,28 +224,40 @@ def test_the_table_of_mnist_split_3_is_that_of_results():
         assert_row(f"`{label}`", [f"{mean:.1f}" for mean, _ in columns.values()])
 
 
-def test_the_tables_of_mnist_svhn_text_are_those_of_results():
-    found = measured("mnist-svhn-text__*.json")
+@pytest.mark.parametrize("name, epochs", [("", ""), ("-40", ", 40 epochs")])
+def test_the_tables_of_mnist_svhn_text_are_those_of_results(name, epochs):
+    found = measured(f"mnist-svhn-text{name}__*.json")
     coherence = found["coherence from a subset to a target, %"]
     for label, latents in found["latent accuracy, %"].items():
-        assert_row(f"`{label}`", [evaluate.plus_minus(*value) for value in latents.values()])
+        assert_row(f"`{label}`{epochs}", [evaluate.plus_minus(*v) for v in latents.values()])
         values = *coherence[label].values(), found["joint coherence, %"][label]["joint"]
-        assert_row(f"`{label}`", [evaluate.plus_minus(*value) for value in values])
+        assert_row(f"`{label}`{epochs}", [evaluate.plus_minus(*value) for value in values])
 
 
 def test_the_log_likelihoods_of_mnist_svhn_text_are_those_of_results_and_of_the_paper():
     papers = json.loads(evaluate.PAPERS.read_text())["mnist-svhn-text"]
     methods = measured("mnist-svhn-text__*.json")
+    longer, twelve = (measured(f"mnist-svhn-text-{name}__*.json") for name in ("40", "12"))
     objectives = measured("mnist-svhn-text-objective__*.json")
     of_paper = {f"{script}.py": metrics[evaluate.MIXED][0] for script, metrics in papers.items()}
     *_, definition_1, eq_5 = papers["mopoe"][evaluate.MIXED]
     of_paper["mopoe.py --expectation stratified --kl components"] = definition_1
     of_paper["mopoe.py --expectation all --kl components"] = eq_5
+    log_p, mixed = "log p(X), nats", evaluate.MIXED
     for found in (methods, objectives):
-        for label, columns in found["log p(X), nats"].items():
-            rows = [(f"`{re.sub('mopoe.py (?=--)', '', label)}`", columns)]
-            if label in found[evaluate.MIXED]:
-                rows.append(("the same, mixed", found[evaluate.MIXED][label]))
+        for label, columns in found[log_p].items():
+            name = f"`{re.sub('mopoe.py (?=--)', '', label)}`"
+            rows = [
+                (title, runs[metric][label])
+                for title, runs, metric in (
+                    (name, found, log_p),
+                    ("the same, mixed", found, mixed),
+                    (f"{name}, 40 epochs", longer, log_p),
+                    ("the same, mixed", longer, mixed),
+                    ("the same, mixed of 12 samples", twelve, mixed),
+                )
+                if label in runs[metric]
+            ]
             if label in of_paper:
                 rows.append(("paper", of_paper[label]["columns"]))
             cells = ((name, *(evaluate.plus_minus(*row[S]) for S in columns)) for name, row in rows)
