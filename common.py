@@ -243,9 +243,12 @@ def fail(message):
 
 @contextlib.contextmanager
 def damaged(fault):
-    """Turns any exception inside, since damaged bytes end in any, into a UserError."""
+    """Turns any exception inside, since damaged bytes end in any, into a UserError; but memory that
+    is full is no damage."""
     try:
         yield
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
     except Exception as error:  # noqa: BLE001
         reason = str(error).split(". ")[0]  # not PyTorch's advice to trust the file
         raise UserError(f"{fault} ({reason or type(error).__name__:.200})") from None

@@ -14,7 +14,7 @@ joint coherence 56 %; latent accuracy 87 to 90 %.
 With w_m^k = p(z_m^k, x) / q(z_m^k|x) and z_m^k ~ q_m, k = 1 … K, `--objective` is one of
     elbo          mean of log w, Eq. (1)
     iwae          1/M Σ_m log 1/K Σ_k w_m^k, Eq. (3), the paper's own, looser bound
-    iwae-tight    log of the mean of all M K weights (there K in all), Eq. (5) of the supplement
+    iwae-tight    log of the mean of all M K weights, K in the supplement's Eq. (5)
     dreg          iwae with the doubly reparametrised gradient of Tucker et al. 2019 as published,
                   Eq. (8); biased for M > 1 and K > 1: it leaves out the mixture's scores at samples
                   of q_m, which no longer cancel over m once each expert's weights sum to 1

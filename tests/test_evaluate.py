@@ -347,6 +347,21 @@ def test_classifiers_learn_from_the_training_data_alone(tmp_path, monkeypatch):
     assert len(taught) == 2 and all(split is data.train for split in taught)
 
 
+def test_a_classifier_sees_its_own_modality_only(tmp_path, monkeypatch):
+    taught, data = [], small_data()
+
+    def teach(net, seen, split):
+        taught.append((net, seen(split.tensors)))
+        return {key: weights + len(taught) for key, weights in net.state_dict().items()}
+
+    monkeypatch.setattr(evaluate, "train_classifier", teach)
+    named, _ = evaluate.classifiers(data.train, data.test, data.modalities, False, tmp_path)
+    x = data.test.tensors
+    for (name, classify), (net, t) in zip(named.items(), taught, strict=True):
+        assert t is data.train.tensors[name]
+        assert classify(x).equal(net(x[name]))
+
+
 def test_a_classifier_is_the_same_whatever_ran_before(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate.train_classifier, "__defaults__", (2, 8))
     data, found = small_data(), []

@@ -197,6 +197,12 @@ def test_a_residual_layer_weighs_its_branches():
     torch.testing.assert_close(net(x), 2 * net.f(x) + 0.3 * net.g(x))
 
 
+def test_symbols_may_fill_a_plane():
+    m = Modality("x", (8, 9), "categorical", network="conv", categories=5)
+    assert common.encoder(m, 6)(torch.randint(5, (2, 8, 9))).shape == (2, 6)
+    assert common.decoder(m, 3)(torch.randn(2, 3)).shape == (2, 8, 9, 5)
+
+
 def test_a_label_is_looked_up_unless_the_family_is_affine():
     label = dict(name="x", shape=(), likelihood="categorical", categories=10)
     assert isinstance(common.encoder(Modality(**label, network="mlp"), 6)[0], torch.nn.Embedding)

@@ -883,6 +883,12 @@ def test_memory_that_is_not_there_is_one_line(empty, capsys):
         common.command(fault)()
 
 
+@pytest.mark.parametrize("full", [MemoryError, torch.OutOfMemoryError])
+def test_full_memory_is_no_damaged_file(full):
+    with pytest.raises(full), common.damaged("run/checkpoint.pt: is damaged"):
+        raise full
+
+
 @pytest.mark.parametrize(
     "fields, fragment",
     [
