@@ -586,6 +586,8 @@ def restore(args, model, optimizer):
     capturable = optimizer.param_groups[0]["capturable"]  # the device's, which may be another
     with damaged(f"{path}: its optimiser does not fit"):
         optimizer.load_state_dict(state["optimizer"])
+        for weight, moments in optimizer.state.items():
+            moments["exp_avg"].view_as(weight)  # else of other weights, or in another order
     optimizer.param_groups[0]["capturable"] = capturable
     if args.epochs < state["epoch"]:
         raise UserError(f"--epochs {args.epochs}: the run has done {state['epoch']} already")
@@ -695,6 +697,8 @@ def accelerate(model, args, device, world):
     # On a GPU, small operations that do not need each other share a kernel: 2.2 ms a step of MoPoE
     # on PolyMNIST in place of 2.5, on an H100.
     torch._inductor.config.combo_kernels = device.type == "cuda"
+    # Else what `as_one` passes on is copied, so that rows begin at multiples of 128 bytes.
+    torch._inductor.config.comprehensive_padding = False
     # Of TF32 in matrix products: they stay in float32 where there is no --amp.
     warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")
     return torch.compile(model)
@@ -749,7 +753,7 @@ def encoder(modality, out_dim, hidden=512):
     """The network (B, *modality.shape) -> (B, out_dim) of the modality's family. Its attribute
     `encodes` is the modality."""
     net = NETWORKS[modality.network][0](modality, out_dim, hidden)
-    net.encodes = modality
+    net.encodes, net.architecture = modality, architecture(net)
     return net
 
 
@@ -766,7 +770,7 @@ class LeadingDimensions(nn.Module):
 
     def __init__(self, net):
         super().__init__()
-        self.net = net
+        self.net, self.architecture = net, architecture(net)
 
     def forward(self, z):
         rows = z.reshape(-1, z.shape[-1])
@@ -775,6 +779,185 @@ class LeadingDimensions(nn.Module):
         else:
             out = self.net(rows)
         return out.reshape(*z.shape[:-1], *out.shape[1:])
+
+
+def abreast(names, nets, inputs):
+    """{name: net(inputs[name])}, in the order of names, for those that inputs has.
+
+    Compiled for a GPU in bfloat16, networks of one architecture are computed as one, in which a
+    layer is a single matrix product over all of them: of images as small as PolyMNIST's the kernels
+    of each network alone would leave most of a GPU idle.
+    """
+    nets = {name: net for name, net in zip(names, nets, strict=True) if name in inputs}
+    alike = {net.architecture for net in nets.values()}
+    if len(alike) == 1 and None not in alike and runs_abreast(next(iter(inputs.values())).device):
+        return dict(zip(nets, as_one([*nets.values()], [inputs[name] for name in nets])))
+    return {name: net(inputs[name]) for name, net in nets.items()}
+
+
+def runs_abreast(device):
+    compiled, amp = torch.compiler.is_compiling(), torch.is_autocast_enabled(device.type)
+    return device.type == "cuda" and compiled and amp
+
+
+def architecture(net):
+    """What networks must share for `as_one`; None where it lacks a layer of the network."""
+    elementwise = nn.ReLU, nn.ELU, nn.SiLU, nn.Sigmoid, nn.Identity
+    convolutions = nn.Conv2d, nn.ConvTranspose2d
+    known = nn.Sequential, nn.Linear, nn.Flatten, nn.Unflatten, *convolutions, *elementwise
+    plain = all(
+        type(layer) in known
+        and getattr(layer, "groups", 1) == 1
+        and getattr(layer, "dilation", (1, 1)) == (1, 1)
+        for layer in net.modules()
+    )
+    return repr(net) if plain else None
+
+
+PARTS = 16
+
+
+def as_one(nets, inputs):
+    """[net(x) for net, x in zip(nets, inputs)] for nets of one `architecture`.
+
+    N networks and B rows each, zeros after the shorter inputs. Between convolutions images are
+    (N * PARTS, B / PARTS, height, width, channels): the gradients of a kernel, few numbers from
+    many pixels, are summed part by part, else most of a GPU would wait for few units.
+    """
+    leads = [x.shape[: -1 if isinstance(nets[0], LeadingDimensions) else 1] for x in inputs]
+    rows = [x.flatten(0, len(lead) - 1) for x, lead in zip(inputs, leads, strict=True)]
+    N, B = len(nets), -(-max(map(len, rows)) // PARTS) * PARTS
+    x = torch.stack([F.pad(t, (0, 0) * (t.ndim - 1) + (0, B - len(t))) for t in rows])
+    dtype = x.dtype
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+
+    def parts_of(x):
+        return x.flatten(0, 1).unflatten(0, (N * PARTS, -1)).movedim(2, -1) if x.ndim == 5 else x
+
+    def whole(x):
+        return x.movedim(-1, 2).flatten(0, 1).unflatten(0, (N, -1)) if x.ndim == 5 else x
+
+    x = parts_of(x)
+    for same in zip(*(leaves(net) for net in nets), strict=True):
+        layer, bias = same[0], None
+        if isinstance(layer, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)) and layer.bias is not None:
+            bias = Rearranged.apply(torch.stack([net.bias for net in same]), (0, 1))
+        if isinstance(layer, nn.Linear):
+            weight = Rearranged.apply(torch.stack([net.weight for net in same]), (0, 1, 2))
+            if bias is not None:  # one more column, so that its gradient needs no sum of its own
+                x, weight = F.pad(x, (0, 1), value=1.0), torch.cat([weight, bias[..., None]], -1)
+            x = product(x.to(dtype), weight.to(dtype))
+        elif isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
+            weight = torch.stack([net.weight for net in same]).to(dtype)
+            geometry, size = (layer.kernel_size, layer.stride, layer.padding), x.shape[1:4]
+            if isinstance(layer, nn.Conv2d):
+                weight = Rearranged.apply(weight, (0, 1, 3, 4, 2)).flatten(2)  # (N, O, k * l * C)
+                x = Windows.apply(x.to(dtype), *geometry)
+                size = x.shape[1:4]
+                x = product(x.flatten(4).flatten(1, 3), weight.repeat_interleave(PARTS, 0))
+                x = x.unflatten(1, size)
+            else:
+                weight = Rearranged.apply(weight, (0, 3, 4, 2, 1)).flatten(
+                    1, 3
+                )  # (N, k * l * O, C)
+                axes = zip(size[1:], *geometry, layer.output_padding, strict=True)
+                larger = [(n - 1) * step - 2 * pad + k + over for n, k, step, pad, over in axes]
+                x = product(x.to(dtype).flatten(1, 3), weight.repeat_interleave(PARTS, 0))
+                x = x.unflatten(1, size).unflatten(-1, (*layer.kernel_size, -1))
+                x = Overlap.apply(x, larger, *geometry)
+            if bias is not None:
+                x = x + bias.repeat_interleave(PARTS, 0)[:, None, None, None]
+        elif isinstance(layer, nn.Flatten):
+            x = whole(x).flatten(2)
+        elif isinstance(layer, nn.Unflatten):
+            x = parts_of(x.unflatten(2, layer.unflattened_size))
+        else:
+            x = layer(x)
+    outputs = zip(whole(x), leads, strict=True)
+    return [y[: lead.numel()].unflatten(0, lead) for y, lead in outputs]
+
+
+def leaves(net):
+    return [m for m in net.modules() if not [*m.children()]]
+
+
+def product(x, weight):
+    """x (N, R, K) times weight (N, O, K), transposed: (N, R, O). A GPU's matrix units need rows
+    whose length is a multiple of 8."""
+    O, K = weight.shape[1:]
+    if K % 8 or O % 8:
+        x, weight = F.pad(x, (0, -K % 8)), F.pad(weight, (0, -K % 8, 0, -O % 8))
+    return torch.bmm(x, weight.mT)[..., :O]
+
+
+# What follows is linear, and its gradient is its adjoint, which is written, not derived. Results
+# are copies, for of a view or of its own input PyTorch 2.11 compiles no gradient.
+
+
+class Rearranged(torch.autograd.Function):
+    """x with its dimensions in this order, and its gradient in x's own, both contiguous."""
+
+    @staticmethod
+    def forward(ctx, x, order):
+        ctx.back = [order.index(i) for i in range(len(order))]
+        return x.permute(order).clone(memory_format=torch.contiguous_format)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient.permute(ctx.back).clone(memory_format=torch.contiguous_format), None
+
+
+class Windows(torch.autograd.Function):
+    """What a convolution looks at, (N, B, h, w, *kernel, C) of images (N, B, H, W, C)."""
+
+    @staticmethod
+    def forward(ctx, x, *geometry):
+        ctx.size, ctx.geometry = x.shape[2:4], geometry
+        return windows(x, *geometry)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return overlap(gradient, ctx.size, *ctx.geometry), None, None, None
+
+
+class Overlap(torch.autograd.Function):
+    """The adjoint of `Windows`: their sum, each in its place, (N, B, *size, C)."""
+
+    @staticmethod
+    def forward(ctx, y, size, *geometry):
+        ctx.geometry = geometry
+        return overlap(y, size, *geometry)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return windows(gradient, *ctx.geometry), None, None, None, None
+
+
+def windows(x, kernel, stride, padding):
+    x = F.pad(x, (0, 0, padding[1], padding[1], padding[0], padding[0]))
+    x = x.unfold(2, kernel[0], stride[0]).unfold(3, kernel[1], stride[1]).movedim(4, -1)
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def overlap(y, size, kernel, stride, padding):
+    axes = [covering(*axis, y.device) for axis in zip(size, y.shape[2:4], kernel, stride, padding)]
+    total = 0.0
+    for (row, i, above), (column, j, beside) in itertools.product(*axes):
+        part = y[:, :, row[:, None], column, i[:, None], j]
+        total = total + torch.where((above[:, None] & beside)[..., None], part, 0)
+    return total
+
+
+def covering(pixels, windows, kernel, stride, padding, device):
+    """For each pixel of an axis the windows that may cover it, kernel / stride of them, rounded up:
+    lists of (the window, the pixel's place in it, whether it covers it)."""
+    pixel, found = torch.arange(pixels, device=device) + padding, []
+    for before in range(-(-kernel // stride)):
+        window, place = pixel // stride - before, pixel % stride + before * stride
+        inside = (place < kernel) & (window >= 0) & (window < windows)
+        found.append((window.clamp(0, windows - 1), place.clamp(max=kernel - 1), inside))
+    return found
 
 
 # Networks that read symbols also take their probabilities, floats (..., categories): so a metric's

@@ -39,7 +39,7 @@ from torch.distributions.kl import kl_divergence
 import common
 import datasets
 import evaluate
-from common import UserError, bounded, decoder, encoder, hide, likelihood, log_mean_exp
+from common import UserError, abreast, bounded, decoder, encoder, hide, likelihood, log_mean_exp
 
 # As Sutter et al. 2021 compare it (App. B, B.1): Gaussians and no importance samples. Their code
 # has --kl components, and decodes one sample of one expert.
@@ -109,7 +109,7 @@ class MMVAE(nn.Module):
         super().__init__()
         if kl == "components" and objective not in ("elbo", "elbo-is"):
             raise UserError(f"--kl components: belongs to --objective elbo, not {objective}")
-        self.modalities = modalities
+        self.modalities, self.names = modalities, [m.name for m in modalities]
         self.latent_dim, self.private_dim = latent_dim, private_dim
         self.beta, self.objective_name, self.K, self.kl = beta, objective, K, kl
         self.distribution = {"laplace": Laplace, "normal": Normal}[distribution]
@@ -142,21 +142,21 @@ class MMVAE(nn.Module):
     def decode(self, z, names=None):
         """p(x_i|z) for z (..., D): of every modality, or of the named ones."""
         c, *s = z.split([self.latent_dim] + [self.private_dim] * len(self.modalities), -1)
+        latents = {
+            name: torch.cat([c, s_i], -1)
+            for name, s_i in zip(self.names, s, strict=True)
+            if names is None or name in names
+        }
+        decoded = abreast(self.names, self.decoders, latents)
         return {
-            m.name: likelihood(m, decode(torch.cat([c, s_i], -1)))
-            for m, decode, s_i in zip(self.modalities, self.decoders, s, strict=True)
-            if names is None or m.name in names
+            m.name: likelihood(m, decoded[m.name]) for m in self.modalities if m.name in decoded
         }
 
     def experts(self, x, observed=None):
         """Location and scale of the expert q_m(z|x_m) of each modality in x, (M, B, D) each: its
         own shared part, and beside it all private parts, of location 0 and scale 1 where their
         modality is absent."""
-        heads = {
-            m.name: encode(x[m.name])
-            for m, encode in zip(self.modalities, self.encoders, strict=True)
-            if m.name in x
-        }
+        heads = abreast(self.names, self.encoders, x)
         absent = torch.zeros_like(next(iter(heads.values())))
         heads = torch.stack([heads.get(m.name, absent) for m in self.modalities])
         if observed is not None:
@@ -190,10 +190,8 @@ class MMVAE(nn.Module):
         # log w = Σ_i λ_i log p(x_i|z) + β (log p(z) - log q(z|x)), (K, M, B)
         at = z.view_as(z)  # z again: DReG's hook weighs the gradient that comes through it
         modalities = [m for m in self.modalities if m.name in x]
-        log_p = {
-            m.name: seen[i] * self.decode(at, [m.name])[m.name].log_prob(x[m.name])
-            for i, m in enumerate(modalities)
-        }
+        decoded = self.decode(at, x).items()
+        log_p = {name: seen[i] * p.log_prob(x[name]) for i, (name, p) in enumerate(decoded)}
         if self.kl == "components":
             kl = kl_divergence(self.independent(loc, scale), self.prior()).expand(z.shape[:-1])
         else:
@@ -319,7 +317,9 @@ def main(argv=None):
     model = MMVAE(data.modalities, **config).to(device)
     capturable = common.captures(args, device, world)
     settings = dict(lr=args.lr, amsgrad=args.amsgrad, fused=True, capturable=capturable)
-    optimizer = torch.optim.Adam(model.parameters(), **settings)
+    # A GPU takes the large tensors in one launch if they are the first.
+    weights = sorted(model.parameters(), key=torch.numel, reverse=True)
+    optimizer = torch.optim.Adam(weights, **settings)
     streamed = common.Streams(model) if train.streams else model
     fast_model = common.accelerate(streamed, args, device, world)
     batch_size = args.batch_size // world

@@ -31,6 +31,7 @@ import datasets
 import evaluate
 from common import (
     UserError,
+    abreast,
     bounded,
     decoder,
     encoder,
@@ -85,7 +86,7 @@ class MoPoE(nn.Module):
         prior_expert=False,
     ):
         super().__init__()
-        self.modalities = modalities
+        self.modalities, self.names = modalities, [m.name for m in modalities]
         self.latent_dim, self.private_dim = latent_dim, private_dim
         self.beta, self.subsets, self.expectation, self.kl = beta, subsets, expectation, kl
         self.prior_expert = prior_expert
@@ -119,20 +120,20 @@ class MoPoE(nn.Module):
     def decode(self, z, names=None):
         """p(x_i|z) for z (..., D): of every modality, or of the named ones."""
         c, *s = z.split([self.latent_dim] + [self.private_dim] * len(self.modalities), -1)
+        latents = {
+            name: torch.cat([c, s_i], -1)
+            for name, s_i in zip(self.names, s, strict=True)
+            if names is None or name in names
+        }
+        decoded = abreast(self.names, self.decoders, latents)
         return {
-            m.name: likelihood(m, decode(torch.cat([c, s_i], -1)))
-            for m, decode, s_i in zip(self.modalities, self.decoders, s, strict=True)
-            if names is None or m.name in names
+            m.name: likelihood(m, decoded[m.name]) for m in self.modalities if m.name in decoded
         }
 
     def encode(self, x):
         """Mean and log-variance of the experts q(c, s_i|x_i), (M, B, latent_dim + private_dim)
         each; zeros stand for a modality that is not in x."""
-        heads = {
-            m.name: encode(x[m.name])
-            for m, encode in zip(self.modalities, self.encoders, strict=True)
-            if m.name in x
-        }
+        heads = abreast(self.names, self.encoders, x)
         absent = torch.zeros_like(next(iter(heads.values())))
         heads = torch.stack([heads.get(m.name, absent) for m in self.modalities])
         return bounded(*heads.chunk(2, -1))
@@ -247,7 +248,9 @@ def main(argv=None):
     )
     model = MoPoE(data.modalities, **config).to(device)
     capturable = common.captures(args, device, world)
-    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True, capturable=capturable)
+    # A GPU takes the large tensors in one launch if they are the first.
+    weights = sorted(model.parameters(), key=torch.numel, reverse=True)
+    optimizer = torch.optim.Adam(weights, lr=args.lr, fused=True, capturable=capturable)
     streamed = common.Streams(model) if train.streams else model
     fast_model = common.accelerate(streamed, args, device, world)
     batch_size = args.batch_size // world

@@ -31,6 +31,7 @@ import datasets
 import evaluate
 from common import (
     UserError,
+    abreast,
     bounded,
     decoder,
     encoder,
@@ -100,7 +101,7 @@ class MVAE(nn.Module):
         super().__init__()
         if random_subsets and len(modalities) < 3:
             raise UserError(f"--random-subsets {random_subsets}: two modalities have no others")
-        self.modalities = modalities
+        self.modalities, self.names = modalities, [m.name for m in modalities]
         self.latent_dim, self.private_dim = latent_dim, private_dim
         self.beta, self.random_subsets, self.quotient = beta, random_subsets, product == "quotient"
         width, M = latent_dim + private_dim, len(modalities)
@@ -123,21 +124,24 @@ class MVAE(nn.Module):
 
     def decode(self, z, names=None):
         """p(x_i|z) for z (..., D): of every modality, or of the named ones."""
-        c, *s = z.split([self.latent_dim] + [self.private_dim] * len(self.modalities), -1)
+        return self.decode_each({n: z for n in self.names if names is None or n in names})
+
+    def decode_each(self, z):
+        """p(x_i|z_i) for the modalities i in z, {name: z_i (..., D)}."""
+        parts, latents = [self.latent_dim] + [self.private_dim] * len(self.modalities), {}
+        for i, name in enumerate(self.names):
+            if name in z:
+                c, *s = z[name].split(parts, -1)
+                latents[name] = torch.cat([c, s[i]], -1)
+        decoded = abreast(self.names, self.decoders, latents)
         return {
-            m.name: likelihood(m, decode(torch.cat([c, s_i], -1)))
-            for m, decode, s_i in zip(self.modalities, self.decoders, s, strict=True)
-            if names is None or m.name in names
+            m.name: likelihood(m, decoded[m.name]) for m in self.modalities if m.name in decoded
         }
 
     def encode(self, x):
         """Mean and log-variance of the experts q~(c, s_i|x_i), (M, B, latent_dim + private_dim)
         each; zeros stand for a modality that is not in x."""
-        heads = {
-            m.name: encode(x[m.name])
-            for m, encode in zip(self.modalities, self.encoders, strict=True)
-            if m.name in x
-        }
+        heads = abreast(self.names, self.encoders, x)
         absent = torch.zeros_like(next(iter(heads.values())))
         heads = torch.stack([heads.get(m.name, absent) for m in self.modalities])
         mu, logvar = bounded(*heads.chunk(2, -1))
@@ -183,10 +187,11 @@ class MVAE(nn.Module):
         mu, logvar = self.product(*self.encode(x), present)
         z = mu + torch.exp(0.5 * logvar) * torch.randn_like(mu)  # (S, B, D)
         reconstruction, log_px = [0.0] * len(subsets), {}
+        of = {i: [s for s, S in enumerate(subsets) if i in S] for i in subsets[0]}
+        p = self.decode_each({self.names[i]: torch.stack([z[s] for s in of[i]]) for i in of})
         for i in subsets[0]:
-            m, with_i = self.modalities[i], [s for s, S in enumerate(subsets) if i in S]
-            p = self.decode(torch.stack([z[s] for s in with_i]), [m.name])[m.name]
-            for s, log_p in zip(with_i, p.log_prob(x[m.name]), strict=True):
+            m = self.modalities[i]
+            for s, log_p in zip(of[i], p[m.name].log_prob(x[m.name]), strict=True):
                 log_p = torch.where(present[s, i], log_p, 0)
                 reconstruction[s] = reconstruction[s] + m.weight * log_p
                 log_px.setdefault(i, log_p)  # of the first subset
@@ -248,7 +253,9 @@ def main(argv=None):
     )
     model = MVAE(data.modalities, **config).to(device)
     capturable = common.captures(args, device, world)
-    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True, capturable=capturable)
+    # A GPU takes the large tensors in one launch if they are the first.
+    weights = sorted(model.parameters(), key=torch.numel, reverse=True)
+    optimizer = torch.optim.Adam(weights, lr=args.lr, fused=True, capturable=capturable)
     streamed = common.Streams(model) if train.streams else model
     fast_model = common.accelerate(streamed, args, device, world)
     batch_size = args.batch_size // world

@@ -52,6 +52,7 @@ import datasets
 import evaluate
 from common import (
     UserError,
+    abreast,
     bounded,
     decoder,
     encoder,
@@ -98,7 +99,7 @@ class SVAE(nn.Module):
         if M > MOST_MODALITIES:
             cost = f"{M * 2 ** (M - 1) - M + 1} posteriors and {M**2} encoders"
             raise UserError(f"{M} modalities: {cost}; svae.py takes at most {MOST_MODALITIES}")
-        self.modalities, self.latent_dim = modalities, latent_dim
+        self.modalities, self.latent_dim, self.names = modalities, latent_dim, names
         self.beta, self.objective_name, self.expectation = beta, objective, expectation
         # e_k^f is encoders[f][k].
         self.encoders = nn.ModuleList(
@@ -136,17 +137,18 @@ class SVAE(nn.Module):
 
     def decode(self, z, names=None):
         """p(x_i|z) for z (..., D): of every modality, or of the named ones."""
+        latents = {name: z for name in self.names if names is None or name in names}
+        decoded = abreast(self.names, self.decoders, latents)
         return {
-            m.name: likelihood(m, decode(z))
-            for m, decode in zip(self.modalities, self.decoders, strict=True)
-            if names is None or m.name in names
+            m.name: likelihood(m, decoded[m.name]) for m in self.modalities if m.name in decoded
         }
 
     def experts(self, x, pairs):
         """Mean and log-variance of e_k^f(z|x_f) for pairs (k, f) of names, (len(pairs), B, D)."""
-        at = {m.name: i for i, m in enumerate(self.modalities)}
-        heads = [self.encoders[at[f]][at[k]](x[f]) for k, f in pairs]
-        return bounded(*torch.stack(heads).chunk(2, -1))
+        at = {name: i for i, name in enumerate(self.names)}
+        encoders = [self.encoders[at[f]][at[k]] for k, f in pairs]
+        heads = abreast(pairs, encoders, {(k, f): x[f] for k, f in pairs})
+        return bounded(*torch.stack([*heads.values()]).chunk(2, -1))
 
     def posteriors(self, x):
         """{S: (mean, log-variance)}, (F, B, D) each, of the F forms of q(z|x_S) for every subset S
@@ -192,14 +194,14 @@ class SVAE(nn.Module):
         for S in subsets:
             mu, logvar = (t[:, rows[S]] for t in q[S])
             z[S] = mu + torch.exp(0.5 * logvar) * torch.randn_like(mu)  # (F, B or fewer, D)
-        for m, decode in zip(self.modalities, self.decoders, strict=True):
-            with_m = [S for S in subsets if m.name in S]
-            if with_m:
-                parameters = decode(torch.cat([z[S].flatten(0, 1) for S in with_m]))
-                parts = parameters.split([z[S].shape[:2].numel() for S in with_m])
-                for S, part in zip(with_m, parts, strict=True):
-                    p = likelihood(m, part.unflatten(0, z[S].shape[:2]))
-                    log_p[S, m.name] = p.log_prob(x[m.name][rows[S]])
+        of = {name: [S for S in subsets if name in S] for name in self.names}
+        latents = {n: torch.cat([z[S].flatten(0, 1) for S in of[n]]) for n in of if of[n]}
+        decoded = abreast(self.names, self.decoders, latents)
+        for m in (m for m in self.modalities if m.name in decoded):
+            parts = decoded[m.name].split([z[S].shape[:2].numel() for S in of[m.name]])
+            for S, part in zip(of[m.name], parts, strict=True):
+                p = likelihood(m, part.unflatten(0, z[S].shape[:2]))
+                log_p[S, m.name] = p.log_prob(x[m.name][rows[S]])
 
         if observed is None:
             observed = torch.ones(B, len(names), dtype=torch.bool, device=device)
@@ -254,7 +256,9 @@ def main(argv=None):
     )
     model = SVAE(data.modalities, **config).to(device)
     capturable = common.captures(args, device, world)
-    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True, capturable=capturable)
+    # A GPU takes the large tensors in one launch if they are the first.
+    weights = sorted(model.parameters(), key=torch.numel, reverse=True)
+    optimizer = torch.optim.Adam(weights, lr=args.lr, fused=True, capturable=capturable)
     # Algorithm 1: a step has a batch of complete tuples and one of each modality alone.
     fast_model = common.accelerate(common.Streams(model), args, device, world)
     batch_size = args.batch_size // world

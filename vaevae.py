@@ -42,6 +42,7 @@ import datasets
 import evaluate
 from common import (
     UserError,
+    abreast,
     bounded,
     decoder,
     encoder,
@@ -100,7 +101,7 @@ class VAEVAE(nn.Module):
             if joint == "network":
                 cost += f", {2**M - M - 1} joint networks with {M * 2 ** (M - 1) - M} encoders"
             raise UserError(f"{M} modalities: {cost}; vaevae.py takes at most {MOST_MODALITIES}")
-        self.modalities, self.latent_dim = modalities, latent_dim
+        self.modalities, self.latent_dim, self.names = modalities, latent_dim, names
         self.beta, self.joint = beta, joint
         self.objective_name, self.expectation = objective, expectation
         self.encoders = nn.ModuleList(encoder(m, 2 * latent_dim) for m in modalities)
@@ -126,20 +127,16 @@ class VAEVAE(nn.Module):
 
     def decode(self, z, names=None):
         """p(x_i|z) for z (..., D): of every modality, or of the named ones."""
+        latents = {name: z for name in self.names if names is None or name in names}
+        decoded = abreast(self.names, self.decoders, latents)
         return {
-            m.name: likelihood(m, decode(z))
-            for m, decode in zip(self.modalities, self.decoders, strict=True)
-            if names is None or m.name in names
+            m.name: likelihood(m, decoded[m.name]) for m in self.modalities if m.name in decoded
         }
 
     def experts(self, x):
         """Mean and log-variance of q(z|x_i) for each modality in x, (len(x), B, D)."""
-        heads = [
-            encode(x[m.name])
-            for m, encode in zip(self.modalities, self.encoders, strict=True)
-            if m.name in x
-        ]
-        return bounded(*torch.stack(heads).chunk(2, -1))
+        heads = abreast(self.names, self.encoders, x)
+        return bounded(*torch.stack([*heads.values()]).chunk(2, -1))
 
     def posteriors(self, x):
         """{S: (mean, log-variance)}, (B, D) each, of q(z|x_S) for every subset S of the modalities
@@ -187,13 +184,13 @@ class VAEVAE(nn.Module):
         for S in subsets:
             mu, logvar = (t[rows[S]] for t in q[S])
             z[S] = mu + torch.exp(0.5 * logvar) * torch.randn_like(mu)  # (B or fewer, D)
-        for m, decode in zip(self.modalities, self.decoders, strict=True):
-            with_m = [S for S in subsets if m.name in S]
-            if with_m:
-                parameters = decode(torch.cat([z[S] for S in with_m]))
-                parts = parameters.split([len(z[S]) for S in with_m])
-                for S, part in zip(with_m, parts, strict=True):
-                    log_p[S, m.name] = likelihood(m, part).log_prob(x[m.name][rows[S]])
+        of = {name: [S for S in subsets if name in S] for name in self.names}
+        latents = {n: torch.cat([z[S] for S in of[n]]) for n in of if of[n]}
+        decoded = abreast(self.names, self.decoders, latents)
+        for m in (m for m in self.modalities if m.name in decoded):
+            parts = decoded[m.name].split([len(z[S]) for S in of[m.name]])
+            for S, part in zip(of[m.name], parts, strict=True):
+                log_p[S, m.name] = likelihood(m, part).log_prob(x[m.name][rows[S]])
 
         if observed is None:
             observed = torch.ones(B, len(names), dtype=torch.bool, device=device)
@@ -234,14 +231,14 @@ class JointEncoder(nn.Module):
 
     def __init__(self, modalities, out_dim, hidden=512):
         super().__init__()
-        self.modalities = modalities
+        self.names = [m.name for m in modalities]
         self.encoders = nn.ModuleList(encoder(m, hidden, hidden) for m in modalities)
         join = nn.Linear(hidden * len(modalities), hidden)
         self.join = nn.Sequential(nn.ReLU(), join, nn.ReLU(), nn.Linear(hidden, out_dim))
 
     def forward(self, x):
-        pairs = zip(self.modalities, self.encoders, strict=True)
-        return self.join(torch.cat([encode(x[m.name]) for m, encode in pairs], -1))
+        features = abreast(self.names, self.encoders, x)
+        return self.join(torch.cat([*features.values()], -1))
 
 
 # ----------------------------------------------------------------------------------- training
@@ -266,7 +263,9 @@ def main(argv=None):
     )
     model = VAEVAE(data.modalities, **config).to(device)
     capturable = common.captures(args, device, world)
-    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True, capturable=capturable)
+    # A GPU takes the large tensors in one launch if they are the first.
+    weights = sorted(model.parameters(), key=torch.numel, reverse=True)
+    optimizer = torch.optim.Adam(weights, lr=args.lr, fused=True, capturable=capturable)
     # Algorithm 1: a step has a batch of complete tuples and one of each modality alone.
     fast_model = common.accelerate(common.Streams(model), args, device, world)
     batch_size = args.batch_size // world

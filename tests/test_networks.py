@@ -251,3 +251,58 @@ def test_the_strings_decoder_goes_by_its_own_symbols():
         decoder.net.embedding.weight[:11] += 1.0
     torch.testing.assert_close(decoder(z)[:, 0], logits[:, 0])
     assert not torch.isclose(decoder(z)[:, 1], logits[:, 1]).any(1).any()
+
+
+# ---------------------------------------------------------------------- networks side by side
+
+PLAIN = [m for m in MODALITIES if common.architecture(common.encoder(m, 6))]
+
+
+def gradients(outputs, tensors):
+    return torch.autograd.grad(sum(t.square().sum() for t in outputs), tensors)
+
+
+def test_what_can_be_one_network():
+    """Convolutions and fully connected layers without norms, embeddings and residual blocks."""
+    assert {m.network for m in PLAIN} == {
+        "linear", "conv", "mnist-sigmoid", "svhn", "svhn-sigmoid", "split", "split-3", "mlp",
+        "dcgan-28", "cub-features",
+    }  # fmt: skip
+    conv = torch.nn.Conv2d
+    for layer in (conv(4, 4, 3, groups=2), conv(4, 4, 3, dilation=2), torch.nn.GroupNorm(2, 4)):
+        assert common.architecture(torch.nn.Sequential(torch.nn.ReLU(), layer)) is None
+
+
+@pytest.mark.parametrize("m", PLAIN, ids=lambda m: f"{m.network}{m.shape}")
+def test_networks_as_one_are_each_alone(float64, m):
+    """Values and all gradients, also where one has fewer rows than another."""
+    encoders, decoders = [
+        [make(m, 6) for _ in range(3)] for make in (common.encoder, common.decoder)
+    ]
+    x = [torch.randn(B, *m.shape, requires_grad=True) for B in (17, 3, 5)]
+    z = [torch.randn(*lead, 6, requires_grad=True) for lead in ((2, 2), (1,), (18,))]
+    for nets, inputs in ((encoders, x), (decoders, z)):
+        weights = [weight for net in nets for weight in net.parameters()]
+        alone = [net(t) for net, t in zip(nets, inputs, strict=True)]
+        together = common.as_one(nets, inputs)
+        for one, other in zip(alone, together, strict=True):
+            torch.testing.assert_close(one, other)
+        expected = gradients(alone, [*inputs, *weights])
+        for one, other in zip(expected, gradients(together, [*inputs, *weights]), strict=True):
+            torch.testing.assert_close(one, other)
+
+
+def test_networks_run_abreast_only_where_they_are_alike(monkeypatch):
+    calls = []
+    monkeypatch.setattr(common, "as_one", lambda nets, inputs: calls.append(len(nets)) or inputs)
+    image = Modality("x", (3, 16, 16), network="conv")
+    other = Modality("y", (3, 17, 17), network="conv")
+    normed = Modality("z", (3, 64, 64), network="dcgan-64")
+    for runs in (False, True):
+        monkeypatch.setattr(common, "runs_abreast", lambda device, runs=runs: runs)
+        for pair in ((image, image), (image, other), (normed, normed)):
+            nets, names = [common.encoder(m, 4) for m in pair], ["a", "b"]
+            inputs = {n: torch.randn(2, *m.shape) for n, m in zip("ba", pair[::-1], strict=True)}
+            found = common.abreast(names, nets, inputs)
+            assert [*found] == names
+    assert calls == [2]
