@@ -789,10 +789,13 @@ def abreast(names, nets, inputs):
     of each network alone would leave most of a GPU idle.
     """
     nets = {name: net for name, net in zip(names, nets, strict=True) if name in inputs}
+    inputs = [inputs[name] for name in nets]
     alike = {net.architecture for net in nets.values()}
-    if len(alike) == 1 and None not in alike and runs_abreast(next(iter(inputs.values())).device):
-        return dict(zip(nets, as_one([*nets.values()], [inputs[name] for name in nets])))
-    return {name: net(inputs[name]) for name, net in nets.items()}
+    if len(alike) == 1 and None not in alike and runs_abreast(inputs[0].device):
+        outputs = as_one([*nets.values()], inputs)
+    else:
+        outputs = [net(x) for net, x in zip(nets.values(), inputs, strict=True)]
+    return dict(zip(nets, outputs, strict=True))
 
 
 def runs_abreast(device):
@@ -801,102 +804,122 @@ def runs_abreast(device):
 
 
 def architecture(net):
-    """What networks must share for `as_one`; None where it lacks a layer of the network."""
+    """What networks must share for `as_one`; None where it lacks a layer of theirs."""
     elementwise = nn.ReLU, nn.ELU, nn.SiLU, nn.Sigmoid, nn.Identity
-    convolutions = nn.Conv2d, nn.ConvTranspose2d
-    known = nn.Sequential, nn.Linear, nn.Flatten, nn.Unflatten, *convolutions, *elementwise
-    plain = all(
+    weighted = nn.Linear, nn.Conv2d, nn.ConvTranspose2d
+    known = {nn.Sequential, nn.Flatten, nn.Unflatten, *weighted, *elementwise}
+    able = all(
         type(layer) in known
         and getattr(layer, "groups", 1) == 1
         and getattr(layer, "dilation", (1, 1)) == (1, 1)
         for layer in net.modules()
     )
-    return repr(net) if plain else None
+    return repr(net) if able else None
 
 
+# Images (N, B, channels, height, width) of N networks are (N * PARTS, B / PARTS, height, width,
+# channels) between convolutions. The gradient of a kernel, few numbers from many pixels, is thus
+# summed part by part, else most of a GPU would wait for few of its units.
 PARTS = 16
 
 
 def as_one(nets, inputs):
-    """[net(x) for net, x in zip(nets, inputs)] for nets of one `architecture`.
-
-    N networks and B rows each, zeros after the shorter inputs. Between convolutions images are
-    (N * PARTS, B / PARTS, height, width, channels): the gradients of a kernel, few numbers from
-    many pixels, are summed part by part, else most of a GPU would wait for few units.
-    """
+    """[net(x) for net, x in zip(nets, inputs)] for nets of one `architecture`."""
     leads = [x.shape[: -1 if isinstance(nets[0], LeadingDimensions) else 1] for x in inputs]
     rows = [x.flatten(0, len(lead) - 1) for x, lead in zip(inputs, leads, strict=True)]
-    N, B = len(nets), -(-max(map(len, rows)) // PARTS) * PARTS
+    B = -(-max(map(len, rows)) // PARTS) * PARTS  # zeros follow the rows of a shorter input
     x = torch.stack([F.pad(t, (0, 0) * (t.ndim - 1) + (0, B - len(t))) for t in rows])
-    dtype = x.dtype
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-
-    def parts_of(x):
-        return x.flatten(0, 1).unflatten(0, (N * PARTS, -1)).movedim(2, -1) if x.ndim == 5 else x
-
-    def whole(x):
-        return x.movedim(-1, 2).flatten(0, 1).unflatten(0, (N, -1)) if x.ndim == 5 else x
-
-    x = parts_of(x)
-    for same in zip(*(leaves(net) for net in nets), strict=True):
-        layer, bias = same[0], None
-        if isinstance(layer, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)) and layer.bias is not None:
-            bias = Rearranged.apply(torch.stack([net.bias for net in same]), (0, 1))
+    x = in_parts(x)
+    leaves = ([m for m in net.modules() if not [*m.children()]] for net in nets)
+    for layers in zip(*leaves, strict=True):
+        layer = layers[0]
         if isinstance(layer, nn.Linear):
-            weight = Rearranged.apply(torch.stack([net.weight for net in same]), (0, 1, 2))
-            if bias is not None:  # one more column, so that its gradient needs no sum of its own
-                x, weight = F.pad(x, (0, 1), value=1.0), torch.cat([weight, bias[..., None]], -1)
-            x = product(x.to(dtype), weight.to(dtype))
-        elif isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
-            weight = torch.stack([net.weight for net in same]).to(dtype)
-            geometry, size = (layer.kernel_size, layer.stride, layer.padding), x.shape[1:4]
-            if isinstance(layer, nn.Conv2d):
-                weight = Rearranged.apply(weight, (0, 1, 3, 4, 2)).flatten(2)  # (N, O, k * l * C)
-                x = Windows.apply(x.to(dtype), *geometry)
-                size = x.shape[1:4]
-                x = product(x.flatten(4).flatten(1, 3), weight.repeat_interleave(PARTS, 0))
-                x = x.unflatten(1, size)
-            else:
-                weight = Rearranged.apply(weight, (0, 3, 4, 2, 1)).flatten(
-                    1, 3
-                )  # (N, k * l * O, C)
-                axes = zip(size[1:], *geometry, layer.output_padding, strict=True)
-                larger = [(n - 1) * step - 2 * pad + k + over for n, k, step, pad, over in axes]
-                x = product(x.to(dtype).flatten(1, 3), weight.repeat_interleave(PARTS, 0))
-                x = x.unflatten(1, size).unflatten(-1, (*layer.kernel_size, -1))
-                x = Overlap.apply(x, larger, *geometry)
-            if bias is not None:
-                x = x + bias.repeat_interleave(PARTS, 0)[:, None, None, None]
+            x = linear(layers, x)
+        elif isinstance(layer, nn.Conv2d):
+            x = convolution(layers, x)
+        elif isinstance(layer, nn.ConvTranspose2d):
+            x = transposed_convolution(layers, x)
         elif isinstance(layer, nn.Flatten):
-            x = whole(x).flatten(2)
+            x = whole(x, len(nets)).flatten(2)
         elif isinstance(layer, nn.Unflatten):
-            x = parts_of(x.unflatten(2, layer.unflattened_size))
+            x = in_parts(x.unflatten(2, layer.unflattened_size))
         else:
             x = layer(x)
-    outputs = zip(whole(x), leads, strict=True)
+    outputs = zip(whole(x, len(nets)), leads, strict=True)
     return [y[: lead.numel()].unflatten(0, lead) for y, lead in outputs]
 
 
-def leaves(net):
-    return [m for m in net.modules() if not [*m.children()]]
+def in_parts(x):
+    """Images, if they are, as they are between convolutions."""
+    return x.flatten(0, 1).unflatten(0, (len(x) * PARTS, -1)).movedim(2, -1) if x.ndim == 5 else x
+
+
+def whole(x, N):
+    """And back."""
+    return x.movedim(-1, 2).flatten(0, 1).unflatten(0, (N, -1)) if x.ndim == 5 else x
+
+
+def linear(layers, x):
+    weight = stacked(layers, "weight", 0, 1, 2)
+    if layers[0].bias is not None:  # one more column, so that its gradient needs no sum of its own
+        bias = stacked(layers, "bias", 0, 1)
+        x, weight = F.pad(x, (0, 1), value=1.0), torch.cat([weight, bias[..., None]], -1)
+    return product(x, weight)
+
+
+def convolution(layers, x):
+    like = layers[0]
+    weight = stacked(layers, "weight", 0, 1, 3, 4, 2).flatten(2)  # (N, outputs, k * l * inputs)
+    x = Windows.apply(halved(x), like.kernel_size, like.stride, like.padding)
+    y = product(x.flatten(4).flatten(1, 3), weight.repeat_interleave(PARTS, 0))
+    return with_bias(layers, y.unflatten(1, x.shape[1:4]))
+
+
+def transposed_convolution(layers, x):
+    like = layers[0]
+    geometry = like.kernel_size, like.stride, like.padding
+    axes = zip(x.shape[2:4], *geometry, like.output_padding, strict=True)
+    size = [(n - 1) * stride - 2 * pad + k + over for n, k, stride, pad, over in axes]
+    weight = stacked(layers, "weight", 0, 3, 4, 2, 1).flatten(1, 3)  # (N, k * l * outputs, inputs)
+    y = product(x.flatten(1, 3), weight.repeat_interleave(PARTS, 0))
+    y = y.unflatten(1, x.shape[1:4]).unflatten(-1, (*like.kernel_size, -1))
+    return with_bias(layers, Overlap.apply(y, size, *geometry))
+
+
+def with_bias(layers, x):
+    if layers[0].bias is None:
+        return x
+    return x + stacked(layers, "bias", 0, 1).repeat_interleave(PARTS, 0)[:, None, None, None]
+
+
+def stacked(layers, name, *order):
+    """The layers' tensors of this name, (N, *shape), with their dimensions in this order."""
+    return Rearranged.apply(torch.stack([getattr(layer, name) for layer in layers]), order)
+
+
+def halved(x):
+    """Under autocast, in its type."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
 def product(x, weight):
     """x (N, R, K) times weight (N, O, K), transposed: (N, R, O). A GPU's matrix units need rows
     whose length is a multiple of 8."""
     O, K = weight.shape[1:]
+    x, weight = halved(x), halved(weight)
     if K % 8 or O % 8:
         x, weight = F.pad(x, (0, -K % 8)), F.pad(weight, (0, -K % 8, 0, -O % 8))
     return torch.bmm(x, weight.mT)[..., :O]
 
 
-# What follows is linear, and its gradient is its adjoint, which is written, not derived. Results
-# are copies, for of a view or of its own input PyTorch 2.11 compiles no gradient.
+# Each of the following is linear, and its gradient is its adjoint, which is written, not derived.
+# Results are copies: of a view, or of its own input, PyTorch 2.11 compiles no gradient.
 
 
 class Rearranged(torch.autograd.Function):
-    """x with its dimensions in this order, and its gradient in x's own, both contiguous."""
+    """x with its dimensions in this order, and its gradient in x's own, both contiguous, else each
+    weight's gradient would be copied once more."""
 
     @staticmethod
     def forward(ctx, x, order):
@@ -922,7 +945,7 @@ class Windows(torch.autograd.Function):
 
 
 class Overlap(torch.autograd.Function):
-    """The adjoint of `Windows`: their sum, each in its place, (N, B, *size, C)."""
+    """The sum of windows, each in its place, (N, B, *size, C): the adjoint of `Windows`."""
 
     @staticmethod
     def forward(ctx, y, size, *geometry):
@@ -941,17 +964,18 @@ def windows(x, kernel, stride, padding):
 
 
 def overlap(y, size, kernel, stride, padding):
-    axes = [covering(*axis, y.device) for axis in zip(size, y.shape[2:4], kernel, stride, padding)]
+    axes = zip(size, y.shape[2:4], kernel, stride, padding, strict=True)
+    rows, columns = (covering(*axis, y.device) for axis in axes)
     total = 0.0
-    for (row, i, above), (column, j, beside) in itertools.product(*axes):
+    for (row, i, above), (column, j, beside) in itertools.product(rows, columns):
         part = y[:, :, row[:, None], column, i[:, None], j]
         total = total + torch.where((above[:, None] & beside)[..., None], part, 0)
     return total
 
 
 def covering(pixels, windows, kernel, stride, padding, device):
-    """For each pixel of an axis the windows that may cover it, kernel / stride of them, rounded up:
-    lists of (the window, the pixel's place in it, whether it covers it)."""
+    """For the pixels of an axis the windows that may cover them, kernel / stride of them, rounded
+    up: a list of (the window, the pixel's place in it, whether it covers the pixel)."""
     pixel, found = torch.arange(pixels, device=device) + padding, []
     for before in range(-(-kernel // stride)):
         window, place = pixel // stride - before, pixel % stride + before * stride

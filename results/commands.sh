@@ -228,7 +228,7 @@ python benchmarks/evaluation.py --modes bf16 --json results/evaluation_cpu.json
 # On a GPU, the first two with nothing beside them:
 unset CUDA_VISIBLE_DEVICES
 nvidia-smi > /dev/null || exit 0
-python benchmarks/throughput.py --methods mopoe mvae --modes float32 "float32 compiled" "bf16 compiled" \
+python benchmarks/throughput.py --methods mopoe mvae mmvae --modes float32 "float32 compiled" "bf16 compiled" \
     --windows 3 --seconds 0.4 --json results/throughput_h200.json
 long=polymnist-300__mopoe__0
 rm -rf "runs/$long" runs/nothing-cached

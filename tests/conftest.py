@@ -9,7 +9,9 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
-torch.cuda.is_available()  # from here on this process knows its GPUs,
+if torch.cuda.is_available():
+    torch.cuda.init()
+    torch.cuda.device_count()  # once it is initialised, this process remembers its GPUs,
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # and those that tests start have none
 
 
