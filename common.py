@@ -790,8 +790,9 @@ def abreast(names, nets, inputs):
     """
     nets = {name: net for name, net in zip(names, nets, strict=True) if name in inputs}
     inputs = [inputs[name] for name in nets]
-    alike = {net.architecture for net in nets.values()}
-    if len(alike) == 1 and None not in alike and runs_abreast(inputs[0].device):
+    kinds = {getattr(net, "architecture", None) for net in nets.values()}
+    alike = len(nets) > 1 and len(kinds) == 1 and None not in kinds
+    if alike and runs_abreast(inputs[0].device):
         outputs = as_one([*nets.values()], inputs)
     else:
         outputs = [net(x) for net, x in zip(nets.values(), inputs, strict=True)]

@@ -187,11 +187,13 @@ class MVAE(nn.Module):
         mu, logvar = self.product(*self.encode(x), present)
         z = mu + torch.exp(0.5 * logvar) * torch.randn_like(mu)  # (S, B, D)
         reconstruction, log_px = [0.0] * len(subsets), {}
-        of = {i: [s for s, S in enumerate(subsets) if i in S] for i in subsets[0]}
-        p = self.decode_each({self.names[i]: torch.stack([z[s] for s in of[i]]) for i in of})
+        subsets_with = {i: [s for s, S in enumerate(subsets) if i in S] for i in subsets[0]}
+        p = self.decode_each(
+            {self.names[i]: torch.stack([z[s] for s in those]) for i, those in subsets_with.items()}
+        )
         for i in subsets[0]:
             m = self.modalities[i]
-            for s, log_p in zip(of[i], p[m.name].log_prob(x[m.name]), strict=True):
+            for s, log_p in zip(subsets_with[i], p[m.name].log_prob(x[m.name]), strict=True):
                 log_p = torch.where(present[s, i], log_p, 0)
                 reconstruction[s] = reconstruction[s] + m.weight * log_p
                 log_px.setdefault(i, log_p)  # of the first subset

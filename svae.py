@@ -194,12 +194,16 @@ class SVAE(nn.Module):
         for S in subsets:
             mu, logvar = (t[:, rows[S]] for t in q[S])
             z[S] = mu + torch.exp(0.5 * logvar) * torch.randn_like(mu)  # (F, B or fewer, D)
-        of = {name: [S for S in subsets if name in S] for name in self.names}
-        latents = {n: torch.cat([z[S].flatten(0, 1) for S in of[n]]) for n in of if of[n]}
+        subsets_with = {name: [S for S in subsets if name in S] for name in self.names}
+        latents = {
+            name: torch.cat([z[S].flatten(0, 1) for S in those])
+            for name, those in subsets_with.items()
+            if those
+        }
         decoded = abreast(self.names, self.decoders, latents)
         for m in (m for m in self.modalities if m.name in decoded):
-            parts = decoded[m.name].split([z[S].shape[:2].numel() for S in of[m.name]])
-            for S, part in zip(of[m.name], parts, strict=True):
+            parts = decoded[m.name].split([z[S].shape[:2].numel() for S in subsets_with[m.name]])
+            for S, part in zip(subsets_with[m.name], parts, strict=True):
                 p = likelihood(m, part.unflatten(0, z[S].shape[:2]))
                 log_p[S, m.name] = p.log_prob(x[m.name][rows[S]])
 

@@ -184,12 +184,14 @@ class VAEVAE(nn.Module):
         for S in subsets:
             mu, logvar = (t[rows[S]] for t in q[S])
             z[S] = mu + torch.exp(0.5 * logvar) * torch.randn_like(mu)  # (B or fewer, D)
-        of = {name: [S for S in subsets if name in S] for name in self.names}
-        latents = {n: torch.cat([z[S] for S in of[n]]) for n in of if of[n]}
+        subsets_with = {name: [S for S in subsets if name in S] for name in self.names}
+        latents = {
+            n: torch.cat([z[S] for S in those]) for n, those in subsets_with.items() if those
+        }
         decoded = abreast(self.names, self.decoders, latents)
         for m in (m for m in self.modalities if m.name in decoded):
-            parts = decoded[m.name].split([len(z[S]) for S in of[m.name]])
-            for S, part in zip(of[m.name], parts, strict=True):
+            parts = decoded[m.name].split([len(z[S]) for S in subsets_with[m.name]])
+            for S, part in zip(subsets_with[m.name], parts, strict=True):
                 log_p[S, m.name] = likelihood(m, part).log_prob(x[m.name][rows[S]])
 
         if observed is None:

@@ -684,6 +684,19 @@ def test_a_conditional_is_right_where_the_joint_posterior_is_narrow(float64, M):
         assert found[f"conditional/{key}/{name}"] == pytest.approx(exact, abs=error)
 
 
+def test_on_a_gpu_chunks_are_larger_and_have_fewer_importance_samples_at_a_time(monkeypatch):
+    model, _, _ = linear_gaussian(2)
+    assert [evaluate.chunk_on(torch.device(name)) for name in ("cpu", "cuda")] == [200, 1000]
+    decoded, decode = [], model.decode
+    monkeypatch.setattr(model, "decode", lambda z, x: decoded.append(len(z)) or decode(z, x))
+    for tuples in (60, 200, 1000):
+        x = {m.name: torch.zeros(tuples, *m.shape) for m in model.modalities}
+        target = [(list(x), model.prior())]
+        log_w = evaluate.log_weights(model, model.posterior(x), x, 17, target)
+        assert log_w.shape == (17, 1, tuples)
+    assert decoded == [15, 2, 15, 2, 3, 3, 3, 3, 3, 2]
+
+
 def test_ten_thousand_samples_come_as_close_as_they_should(float64):
     model, _, x = linear_gaussian(2)
     q = model.posterior({"x0": x["x0"]})

@@ -292,6 +292,22 @@ def test_networks_as_one_are_each_alone(float64, m):
             torch.testing.assert_close(one, other)
 
 
+def test_networks_as_one_whose_rows_and_columns_differ(float64):
+    def net():
+        geometry = (3, 2), (2, 1), (1, 0)
+        there, back = torch.nn.Conv2d(2, 3, *geometry, bias=False), torch.nn.ConvTranspose2d
+        return torch.nn.Sequential(there, torch.nn.SiLU(), back(3, 2, *geometry, (1, 0)))
+
+    nets, x = [net(), net()], [torch.randn(3, 2, 8, 9, requires_grad=True) for _ in range(2)]
+    tensors = [*x, *(weight for one in nets for weight in one.parameters())]
+    alone, together = [one(t) for one, t in zip(nets, x, strict=True)], common.as_one(nets, x)
+    assert alone[0].shape == x[0].shape
+    for one, other in zip(alone, together, strict=True):
+        torch.testing.assert_close(one, other)
+    for one, other in zip(*(gradients(t, tensors) for t in (alone, together)), strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_networks_run_abreast_only_where_they_are_alike(monkeypatch):
     calls = []
     monkeypatch.setattr(common, "as_one", lambda nets, inputs: calls.append(len(nets)) or inputs)
@@ -300,9 +316,10 @@ def test_networks_run_abreast_only_where_they_are_alike(monkeypatch):
     normed = Modality("z", (3, 64, 64), network="dcgan-64")
     for runs in (False, True):
         monkeypatch.setattr(common, "runs_abreast", lambda device, runs=runs: runs)
-        for pair in ((image, image), (image, other), (normed, normed)):
+        for pair in ((image, image), (image, other), (normed, normed), (image, normed)):
             nets, names = [common.encoder(m, 4) for m in pair], ["a", "b"]
             inputs = {n: torch.randn(2, *m.shape) for n, m in zip("ba", pair[::-1], strict=True)}
             found = common.abreast(names, nets, inputs)
             assert [*found] == names
+            assert [*common.abreast(names, nets, {"b": inputs["b"]})] == ["b"]
     assert calls == [2]

@@ -847,10 +847,19 @@ def test_resumed_on_a_gpu_adam_can_be_captured(finished):
     """A CPU's run says that it need not be."""
     model, _, args = evaluate.load_run(finished["mopoe"])
     args.resume = finished["mopoe"]
-    optimizer = torch.optim.Adam(model.parameters(), lr=9.0, fused=True, capturable=True)
+    weights = sorted(model.parameters(), key=torch.numel, reverse=True)
+    optimizer = torch.optim.Adam(weights, lr=9.0, fused=True, capturable=True)
     assert common.restore(args, model, optimizer) == 1
     (group,) = optimizer.param_groups
     assert group["capturable"] and group["lr"] == tiny.SETTINGS["lr"]
+
+
+def test_moments_of_weights_in_another_order_are_refused(finished):
+    """As a checkpoint has them from before large tensors came first."""
+    model, _, args = evaluate.load_run(finished["mopoe"])
+    args.resume = finished["mopoe"]
+    with pytest.raises(common.UserError, match="its optimiser does not fit"):
+        common.restore(args, model, torch.optim.Adam(model.parameters(), fused=True))
 
 
 @every_script
