@@ -800,6 +800,7 @@ def abreast(names, nets, inputs):
 
 
 def runs_abreast(device):
+    """Where it pays: in float32, measured on an H200, it makes no difference."""
     compiled, amp = torch.compiler.is_compiling(), torch.is_autocast_enabled(device.type)
     return device.type == "cuda" and compiled and amp
 
@@ -861,6 +862,7 @@ def whole(x, N):
 
 
 def linear(layers, x):
+    """x (N, B, inputs) through a layer of each network."""
     weight = stacked(layers, "weight", 0, 1, 2)
     if layers[0].bias is not None:  # one more column, so that its gradient needs no sum of its own
         bias = stacked(layers, "bias", 0, 1)
@@ -869,6 +871,7 @@ def linear(layers, x):
 
 
 def convolution(layers, x):
+    """Images in parts through a layer of each network, as the product of their windows."""
     like = layers[0]
     weight = stacked(layers, "weight", 0, 1, 3, 4, 2).flatten(2)  # (N, outputs, k * l * inputs)
     x = Windows.apply(halved(x), like.kernel_size, like.stride, like.padding)
@@ -877,6 +880,7 @@ def convolution(layers, x):
 
 
 def transposed_convolution(layers, x):
+    """Images in parts through a layer of each network: the products are windows, which overlap."""
     like = layers[0]
     geometry = like.kernel_size, like.stride, like.padding
     axes = zip(x.shape[2:4], *geometry, like.output_padding, strict=True)

@@ -260,7 +260,7 @@ def main(argv=None):
     )
     model = SVAE(data.modalities, **config).to(device)
     capturable = common.captures(args, device, world)
-    # A GPU takes the large tensors in one launch if they are the first.
+    # Large tensors first: a GPU's fused Adam is faster so.
     weights = sorted(model.parameters(), key=torch.numel, reverse=True)
     optimizer = torch.optim.Adam(weights, lr=args.lr, fused=True, capturable=capturable)
     # Algorithm 1: a step has a batch of complete tuples and one of each modality alone.

@@ -308,6 +308,15 @@ def test_networks_as_one_whose_rows_and_columns_differ(float64):
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.parametrize("compiling", [False, True])
+@pytest.mark.parametrize("amp", [False, True])
+def test_networks_run_abreast_compiled_for_a_gpu_in_bfloat16(compiling, amp, monkeypatch):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: amp)
+    assert not common.runs_abreast(torch.device("cpu"))
+    assert common.runs_abreast(torch.device("cuda")) == (compiling and amp)
+
+
 def test_networks_run_abreast_only_where_they_are_alike(monkeypatch):
     calls = []
     monkeypatch.setattr(common, "as_one", lambda nets, inputs: calls.append(len(nets)) or inputs)
