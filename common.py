@@ -656,14 +656,16 @@ def interruptible(run):
 class Streams(nn.Module):
     """model(x) for the streams of a batch, x[name] (2B, *shape): B complete tuples, and after them
     B examples of that modality alone (Kutuzova et al. 2021, Algorithm 1). Each stream is a batch of
-    its own, so nothing is computed for what is missing. Values ((1 + M) B,), and the terms' means.
-    """
+    its own, so nothing is computed for what is missing, unless the model has a method for all
+    `streams` in one pass. Values ((1 + M) B,), and the terms' means."""
 
     def __init__(self, model):
         super().__init__()
         self.model = model
 
     def forward(self, x, observed=None):
+        if hasattr(self.model, "streams"):
+            return self.model.streams(x)
         halves = {name: t.chunk(2) for name, t in x.items()}
         streams = [{name: complete for name, (complete, _) in halves.items()}]
         streams += [{name: alone} for name, (_, alone) in halves.items()]
@@ -789,14 +791,17 @@ def abreast(names, nets, inputs):
     of each network alone would leave most of a GPU idle.
     """
     nets = {name: net for name, net in zip(names, nets, strict=True) if name in inputs}
-    inputs = [inputs[name] for name in nets]
-    kinds = {getattr(net, "architecture", None) for net in nets.values()}
-    alike = len(nets) > 1 and len(kinds) == 1 and None not in kinds
-    if alike and runs_abreast(inputs[0].device):
-        outputs = as_one([*nets.values()], inputs)
-    else:
-        outputs = [net(x) for net, x in zip(nets.values(), inputs, strict=True)]
-    return dict(zip(nets, outputs, strict=True))
+    alike, outputs = {}, {}
+    for name, net in nets.items():
+        alike.setdefault(getattr(net, "architecture", None), []).append(name)
+    for kind, some in alike.items():
+        pairs = [(nets[name], inputs[name]) for name in some]
+        if kind is not None and len(some) > 1 and runs_abreast(pairs[0][1].device):
+            found = as_one(*zip(*pairs, strict=True))
+        else:
+            found = [net(x) for net, x in pairs]
+        outputs |= zip(some, found, strict=True)
+    return {name: outputs[name] for name in nets}
 
 
 def runs_abreast(device):

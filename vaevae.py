@@ -27,11 +27,13 @@ the whole also - KL(q(z|x_S) || p(z)). Of (D.29) this leaves out the KL to the a
 posterior; (D.31) is taken as a sum over unordered pairs. `svae` adds the ELBOs of a complete
 tuple's modalities here, too, as the released code of VAEVAE* does; (D.30) has the ELBOs of unpaired
 data only. With five modalities that is 75 decodings of a complete tuple. With `--expectation
-stratified` it has, of the S with 1 < |S| < M, the terms of one random S only, times the inverse of
-that S's share of the batch: the same in expectation, at 8 decodings.
+stratified` each S with 1 < |S| < M has its terms on random tuples of the batch, as many as any
+other and none of another's, times the inverse of their share of the batch: the same in expectation,
+at 8 decodings.
 """
 
 import itertools
+import math
 import time
 
 import torch
@@ -43,6 +45,7 @@ import evaluate
 from common import (
     UserError,
     abreast,
+    architecture,
     bounded,
     decoder,
     encoder,
@@ -112,6 +115,18 @@ class VAEVAE(nn.Module):
             members = [m for m in modalities if m.name in S]
             self.joint_encoders["+".join(S)] = JointEncoder(members, 2 * latent_dim)
         self.register_buffer("masks", subset_masks(M)[M:], persistent=False)
+        # For each size n, `members` are a subset's modalities, `having` the subsets that have a
+        # modality, and `rests` what is left of a subset without one modality.
+        self.of_size = {n: [*itertools.combinations(names, n)] for n in range(1, M + 1)}
+        for n, subsets in self.of_size.items():
+            smaller = self.of_size.get(n - 1, [])
+            tables = {
+                "members": [[names.index(name) for name in S] for S in subsets],
+                "having": [[i for i, S in enumerate(subsets) if name in S] for name in names],
+                "rests": [[i for i, T in enumerate(smaller) if {*T} < {*S}] for S in subsets],
+            }
+            for name, table in tables.items():
+                self.register_buffer(f"{name}_{n}", torch.tensor(table), persistent=False)
         self.register_buffer("zeros", torch.zeros(latent_dim), persistent=False)
 
     def prior(self):
@@ -122,7 +137,7 @@ class VAEVAE(nn.Module):
         """q(z|x_S) for the modalities in x."""
         S = tuple(m.name for m in self.modalities if m.name in x)
         if len(S) > 1 and self.joint == "network":
-            return gaussian(*self.joint_encoders["+".join(S)](x).chunk(2, -1))
+            return gaussian(*self.joint_networks(x, [S])[0].chunk(2, -1))
         return gaussian(*product_of_gaussians(*self.experts(x)))
 
     def decode(self, z, names=None):
@@ -138,90 +153,119 @@ class VAEVAE(nn.Module):
         heads = abreast(self.names, self.encoders, x)
         return bounded(*torch.stack([*heads.values()]).chunk(2, -1))
 
-    def posteriors(self, x):
-        """{S: (mean, log-variance)}, (B, D) each, of q(z|x_S) for every subset S of the modalities
-        in x, which are all or one."""
+    def joint_networks(self, x, subsets):
+        """The mean and log-variance of q(z|x_S) side by side, (len(subsets), B, 2D)."""
+        nets = [self.joint_encoders["+".join(S)] for S in subsets]
+        inputs = {(S, name): x[name] for S in subsets for name in S}
+        features = abreast(inputs, [e for net in nets for e in net.encoders], inputs)
+        features = {S: torch.cat([features[S, name] for name in S], -1) for S in subsets}
+        heads = abreast(subsets, [net.join for net in nets], features)
+        return torch.stack([*heads.values()])
+
+    def posteriors(self, x, complete):
+        """{n: (mean, log-variance)}, (F, B, D) each, of q(z|x_S) for the F subsets S of n
+        modalities: of one modality for every row of x, of more for the first `complete`."""
         mu, logvar = self.experts(x)
-        singles = [(m.name,) for m in self.modalities if m.name in x]
-        q = dict(zip(singles, zip(mu, logvar, strict=True), strict=True))
-        if len(q) > 1 and self.joint == "network":
-            for S in self.larger:
-                q[S] = bounded(*self.joint_encoders["+".join(S)](x).chunk(2, -1))
-        elif len(q) > 1:
-            products = product_of_gaussians(mu, logvar, self.masks)
-            q |= dict(zip(self.larger, zip(*products, strict=True), strict=True))
+        q = {1: (mu, logvar)}
+        if complete and self.joint == "network":
+            tuples = {name: t[:complete] for name, t in x.items()}
+            larger = bounded(*self.joint_networks(tuples, self.larger).chunk(2, -1))
+        elif complete:
+            larger = product_of_gaussians(mu[:, :complete], logvar[:, :complete], self.masks)
+        if complete:
+            sizes = [len(subsets) for n, subsets in self.of_size.items() if n > 1]
+            q |= enumerate(zip(*(t.split(sizes) for t in larger), strict=True), start=2)
         return q
 
-    def allotted(self, subsets, B, complete):
-        """{S: the rows on which S's terms are computed} and {S: the factor by which these count}.
-        With --expectation stratified each complete tuple has one random S with 1 < |S| < M, and
-        the B rows are divided evenly among such S; else, or where there are more such S than rows,
-        every S has all rows."""
-        rows, times = dict.fromkeys(subsets, slice(None)), dict.fromkeys(subsets, 1.0)
-        between = [S for S in subsets if 1 < len(S) < len(self.modalities)]
-        if self.expectation == "stratified" and complete and 0 < len(between) <= B:
-            parts = torch.randperm(B, device=self.zeros.device).tensor_split(len(between))
-            rows |= zip(between, parts, strict=True)
-            times |= {S: B / len(rows[S]) for S in between}
+    def allotted(self, B, stratified):
+        """{n: the rows (F, R) that have the terms of the F subsets of n modalities} and {n: the
+        factor by which these count}. If stratified, every S with 1 < |S| < M has as many random
+        rows, and a row one such S at most; else, or where such S are more than the B rows, every S
+        has all rows."""
+        device, M = self.zeros.device, len(self.modalities)
+        everyone = torch.arange(B, device=device)
+        rows = {n: everyone.expand(len(subsets), -1) for n, subsets in self.of_size.items()}
+        times = dict.fromkeys(rows, 1.0)
+        between = 2**M - M - 2
+        if stratified and 0 < between <= B:
+            share = B // between
+            drawn = torch.randperm(B, device=device)[: between * share].view(between, share)
+            drawn = drawn.split([math.comb(M, n) for n in range(2, M)])
+            rows |= enumerate(drawn, start=2)
+            times |= dict.fromkeys(range(2, M), B / share)
         return rows, times
 
-    def objective(self, x, observed=None):
+    def objective(self, x, observed=None, complete=None):
         """The objective of the docstring above, per example (B,), over what is observed of it;
         where only one modality is, its ELBO. x has all modalities, or one alone. Terms: the KLs'
         sum and each log p(x_i|z) given all that is observed, in nats. Every example needs one
-        observed modality."""
+        observed modality.
+
+        With `complete`, so many rows of x are tuples, and those behind are examples of each
+        modality alone, whose values follow the tuples', modality by modality."""
         # `main` passes no mask, since what is missing comes as streams: the mask is for the
         # interface that all objectives share.
-        x = hide(x, observed, self.modalities)
-        q = self.posteriors(x)
+        x, masked = hide(x, observed, self.modalities), observed is not None
         names = [m.name for m in self.modalities if m.name in x]
-        B, device = len(x[names[0]]), self.zeros.device
-        rows, times = self.allotted(q, B, complete=observed is None)
-        # Whether any example has terms of single modalities.
-        single = self.objective_name == "svae" or len(x) == 1 or observed is not None
-        subsets = [S for S in q if len(S) > 1 or single]
-        z, log_p = {}, {}
-        for S in subsets:
-            mu, logvar = (t[rows[S]] for t in q[S])
-            z[S] = mu + torch.exp(0.5 * logvar) * torch.randn_like(mu)  # (B or fewer, D)
-        subsets_with = {name: [S for S in subsets if name in S] for name in self.names}
-        latents = {
-            n: torch.cat([z[S] for S in those]) for n, those in subsets_with.items() if those
-        }
-        decoded = abreast(self.names, self.decoders, latents)
-        for m in (m for m in self.modalities if m.name in decoded):
-            parts = decoded[m.name].split([len(z[S]) for S in subsets_with[m.name]])
-            for S, part in zip(subsets_with[m.name], parts, strict=True):
-                log_p[S, m.name] = likelihood(m, part).log_prob(x[m.name][rows[S]])
-
+        n_rows, device = len(x[names[0]]), self.zeros.device
+        B = complete if complete is not None else n_rows * (len(names) > 1)
+        alone = n_rows - B
+        q = self.posteriors(x, B)
+        rows, times = self.allotted(B, self.expectation == "stratified" and not masked)
+        # Tuples have terms of single modalities with `svae`, and masked where no more is observed.
+        first = 0 if masked or self.objective_name == "svae" else B
+        rows[1] = torch.arange(first, n_rows, device=device).expand(len(names), -1)
+        sizes = [n for n in q if rows[n].numel()]
+        # The example that a term is of: those of a modality alone come after the tuples.
+        behind = alone * torch.arange(len(names), device=device)[:, None]
+        examples = rows | {1: rows[1] + torch.where(rows[1] < B, 0, behind)}
         if observed is None:
             observed = torch.ones(B, len(names), dtype=torch.bool, device=device)
-        seen, n = dict(zip(names, observed.T, strict=True)), observed.sum(1)
-        value, total_kl = torch.zeros(B, device=device), torch.zeros(B, device=device)
-        log_px = {name: torch.zeros(B, device=device) for name in names}
-        for S in subsets:
-            counts = torch.stack([seen[name] for name in S]).all(0)
-            q_S = [t[rows[S]] for t in q[S]]
-            to_prior = gaussian_kl(*q_S)
-            if len(S) == 1:
-                kl = to_prior  # (D.30), and of a complete tuple as in Eq. (7)
-                counts = counts & ((n == 1) | (self.objective_name == "svae"))
-            else:
-                kl = torch.where(n[rows[S]] > len(S), to_prior, 0)  # (D.29), not in (D.28)
-                for name in S:
-                    rest = tuple(other for other in S if other != name)
-                    kl = kl + gaussian_kl(*q_S, *(t[rows[S]] for t in q[rest]))
-            weighted = [m.weight * log_p[S, m.name] for m in self.modalities if m.name in S]
-            weight = times[S] * counts[rows[S]]
-            value[rows[S]] += weight * (sum(weighted) - self.beta * kl)
-            total_kl[rows[S]] += weight * kl
-            for name in S:
-                log_px[name][rows[S]] += weight * (n[rows[S]] == len(S)) * log_p[S, name]
-        log_px = {
-            f"log_px/{k}": (t.sum() / seen[k].sum().clamp(min=1)).detach()
-            for k, t in log_px.items()
-        }
-        return value, {"kl": total_kl.detach().mean()} | log_px
+        n_observed = nn.functional.pad(observed.sum(1), (0, alone * len(names)), value=1)
+
+        z, weights, given_all, total_kl = {}, {}, {}, 0.0
+        value = torch.zeros(len(n_observed), device=device)
+        for n in sizes:
+            subsets = torch.arange(len(rows[n]), device=device)[:, None]
+            mu, logvar = (t[subsets, rows[n]] for t in q[n])  # (F, R, D)
+            z[n] = mu + torch.exp(0.5 * logvar) * torch.randn_like(mu)
+            kl = gaussian_kl(mu, logvar)  # (D.30), and of a tuple as in Eq. (7)
+            if n > 1:
+                kl = torch.where(n_observed[rows[n]] > n, kl, 0)  # (D.29), not in (D.28)
+                rests = self.get_buffer(f"rests_{n}")[..., None], rows[n][:, None]
+                smaller = (t[rests] for t in q[n - 1])  # (F, P, R, D)
+                kl = kl + gaussian_kl(mu[:, None], logvar[:, None], *smaller).sum(1)
+            weights[n] = torch.full_like(kl, times[n])
+            if masked:
+                members = self.get_buffer(f"members_{n}")[:, None]
+                weights[n] *= observed[rows[n][..., None], members].all(-1)
+                if n == 1 and self.objective_name == "vaevae":
+                    weights[n] *= n_observed[rows[n]] == 1
+            given_all[n] = weights[n] * (n_observed[examples[n]] == n)
+            total_kl = total_kl + (weights[n] * kl).sum()
+            weighted = -self.beta * weights[n] * kl
+            value = value.index_add(0, examples[n].flatten(), weighted.flatten())
+
+        def having(name, t):
+            """Of t[n] (F, R, ...) those of the subsets with this modality, (T, ...) for all n."""
+            k = names.index(name)
+            own = {n: self.get_buffer(f"having_{n}")[k] for n in sizes} | {1: slice(k, k + 1)}
+            return torch.cat([t[n][own[n]].flatten(0, 1) for n in sizes])
+
+        decoded = abreast(self.names, self.decoders, {name: having(name, z) for name in names})
+        terms = {"kl": total_kl.detach() / len(value)}
+        for i, m in enumerate(m for m in self.modalities if m.name in names):
+            p = likelihood(m, decoded[m.name])
+            log_p = p.log_prob(x[m.name][having(m.name, rows)])
+            weighted = m.weight * having(m.name, weights) * log_p
+            value = value.index_add(0, having(m.name, examples), weighted)
+            total = (having(m.name, given_all) * log_p).sum().detach()
+            terms[f"log_px/{m.name}"] = total / (observed[:, i].sum() + alone).clamp(min=1)
+        return value, terms
+
+    def streams(self, x):
+        """The objective of the streams of a batch, see `common.Streams`, all in one pass."""
+        return self.objective(x, complete=len(x[self.names[0]]) // 2)
 
     forward = objective
 
@@ -233,14 +277,10 @@ class JointEncoder(nn.Module):
 
     def __init__(self, modalities, out_dim, hidden=512):
         super().__init__()
-        self.names = [m.name for m in modalities]
         self.encoders = nn.ModuleList(encoder(m, hidden, hidden) for m in modalities)
         join = nn.Linear(hidden * len(modalities), hidden)
         self.join = nn.Sequential(nn.ReLU(), join, nn.ReLU(), nn.Linear(hidden, out_dim))
-
-    def forward(self, x):
-        features = abreast(self.names, self.encoders, x)
-        return self.join(torch.cat([*features.values()], -1))
+        self.join.architecture = architecture(self.join)
 
 
 # ----------------------------------------------------------------------------------- training

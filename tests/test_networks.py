@@ -325,10 +325,14 @@ def test_networks_run_abreast_only_where_they_are_alike(monkeypatch):
     normed = Modality("z", (3, 64, 64), network="dcgan-64")
     for runs in (False, True):
         monkeypatch.setattr(common, "runs_abreast", lambda device, runs=runs: runs)
-        for pair in ((image, image), (image, other), (normed, normed), (image, normed)):
-            nets, names = [common.encoder(m, 4) for m in pair], ["a", "b"]
-            inputs = {n: torch.randn(2, *m.shape) for n, m in zip("ba", pair[::-1], strict=True)}
+        for mods in ((image, image), (image, other), (normed, normed), (other, image, normed) * 3):
+            nets, names = [common.encoder(m, 4) for m in mods], "abcdefghi"[: len(mods)]
+            inputs = {n: torch.randn(2, *m.shape) for n, m in zip(names, mods, strict=True)}
+            inputs = dict(reversed(inputs.items()))
             found = common.abreast(names, nets, inputs)
-            assert [*found] == names
+            assert [*found] == [*names]
+            for name, net in zip(names, nets, strict=True):
+                as_one = runs and mods != (image, other) and net.architecture is not None
+                assert found[name].equal(inputs[name] if as_one else net(inputs[name]))
             assert [*common.abreast(names, nets, {"b": inputs["b"]})] == ["b"]
-    assert calls == [2]
+    assert calls == [2, 3, 3]

@@ -74,6 +74,16 @@ def likelihoods(model, q, x, names, noise):
     return sum(weight[name] * p[name].log_prob(x[name]) for name in names)
 
 
+def posteriors(model, x):
+    """{S: (mean, log-variance)}, (F, B, D) each, of the F forms of q(z|x_S)."""
+    found = {}
+    for n, (mu, logvar) in model.posteriors(x, len(x["a"])).items():
+        for S in dict.fromkeys(model.of_size[n]):
+            forms = [i for i, other in enumerate(model.of_size[n]) if other == S]
+            found[S] = mu[forms], logvar[forms]
+    return found
+
+
 def kl(q, p=PRIOR):
     return kl_divergence(q, p.expand(q.batch_shape))
 
@@ -181,7 +191,9 @@ def test_vaevae_of_three_modalities_by_hand(float64, noise, objective, joint):
     q = {name: diagonal(e(x[name])) for name, e in zip("abc", model.encoders, strict=True)}
     for S in ("ab", "ac", "bc", "abc"):
         if joint == "network":
-            q[S] = diagonal(model.joint_encoders["+".join(S)](x))
+            network = model.joint_encoders["+".join(S)]
+            features = [e(x[name]) for e, name in zip(network.encoders, S, strict=True)]
+            q[S] = diagonal(network.join(torch.cat(features, -1)))
         else:
             q[S] = product(*(q[name] for name in S))
     value = likelihoods(model, q["abc"], x, "abc", noise)  # (D.28)
@@ -199,7 +211,7 @@ def test_forms_of_more_than_three_modalities(float64):
     """One filler for all missing experts; the whole has one form, every other subset |S|."""
     mods, x = five(5)
     model = SVAE(mods, 3)
-    mu, logvar = model.posteriors(x)["b", "d"]
+    mu, logvar = posteriors(model, x)["b", "d"]
     assert mu.shape == (2, 6, 3)
     for form, filler in enumerate((1, 3)):
         experts = [diagonal(model.encoders[i][i](x["abcde"[i]])) for i in (1, 3)]
@@ -207,7 +219,7 @@ def test_forms_of_more_than_three_modalities(float64):
         q = product(*experts)
         torch.testing.assert_close(mu[form], q.mean)
         torch.testing.assert_close(logvar[form], q.variance.log())
-    shapes = {S: len(q[0]) for S, q in model.posteriors(x).items()}
+    shapes = {S: len(q[0]) for S, q in posteriors(model, x).items()}
     assert shapes == {S: 1 if len(S) == 5 else len(S) for S in shapes} and len(shapes) == 31
 
 
@@ -229,18 +241,21 @@ def with_exact_posteriors(make, M, shift=0.0, **kwargs):
     """A model whose posteriors are exact, all but those of one modality displaced by shift."""
     model = make(modalities(M), 2, **kwargs)
     set_decoders(model)
-    svae = isinstance(model, SVAE)
 
-    def posteriors(x):
+    def posteriors(x, complete):
         q = {}
         for n in range(1, len(x) + 1):
-            for S in itertools.combinations(x, n):
-                mu, logvar = exact_posterior(model, x, S)
-                mu = mu + shift * (n > 1)
-                q[S] = (mu[None], logvar[None]) if svae else (mu, logvar)
+            found = [exact_posterior(model, x, S) for S in itertools.combinations(x, n)]
+            q[n] = tuple(torch.stack(t) for t in zip(*found, strict=True))
+            q[n] = q[n][0] + shift * (n > 1), q[n][1]
         return q
 
     model.posteriors = posteriors
+    if isinstance(model, SVAE):  # each S has one form
+        one_form = VAEVAE(modalities(M), 2, joint="poe")
+        model.of_size = one_form.of_size
+        for name, table in one_form.named_buffers():
+            setattr(model, name, table)
     return model
 
 
@@ -407,7 +422,7 @@ def test_masked_value_of_svae_has_the_terms_of_the_observed_subsets(float64, noi
     model = SVAE(mods, 3, objective=objective)
     q = {
         S: [diagonal(torch.cat(form, -1)) for form in zip(*forms, strict=True)]
-        for S, forms in model.posteriors(x).items()
+        for S, forms in posteriors(model, x).items()
     }
     for mask in MASKS:
         O = [name for name, given in zip("abcde", mask, strict=True) if given]
@@ -431,7 +446,7 @@ def test_posterior_is_that_of_training(float64, make):
     """Of every subset; where SVAE has several forms, their mixture."""
     mods, x = five()
     model = make(mods, 3)
-    for S, (mu, logvar) in model.posteriors(x).items():
+    for S, (mu, logvar) in posteriors(model, x).items():
         q = model.posterior({name: x[name] for name in reversed(S)})
         assert q.batch_shape == (6,) and q.event_shape == (3,)
         if mu.ndim == 2 or len(mu) == 1:
@@ -486,4 +501,4 @@ def test_too_many_modalities_are_refused_with_count_and_cost():
         assert sum(len(j.encoders) for j in VAEVAE(modalities(n), 2).joint_encoders.values()) == (
             n * (2 ** (n - 1) - 1)
         )
-    assert len(SVAE(modalities(6), 2).masks) == 6 * 2**5 - 6 + 1
+    assert sum(map(len, SVAE(modalities(6), 2).of_size.values())) == 6 * 2**5 - 6 + 1
