@@ -656,15 +656,15 @@ def interruptible(run):
 class Streams(nn.Module):
     """model(x) for the streams of a batch, x[name] (2B, *shape): B complete tuples, and after them
     B examples of that modality alone (Kutuzova et al. 2021, Algorithm 1). Each stream is a batch of
-    its own, so nothing is computed for what is missing, unless the model has a method for all
-    `streams` in one pass. Values ((1 + M) B,), and the terms' means."""
+    its own, so nothing is computed for what is missing. Values ((1 + M) B,), and the terms' means.
+    """
 
     def __init__(self, model):
         super().__init__()
         self.model = model
 
     def forward(self, x, observed=None):
-        if hasattr(self.model, "streams"):
+        if hasattr(self.model, "streams"):  # the same in one pass
             return self.model.streams(x)
         halves = {name: t.chunk(2) for name, t in x.items()}
         streams = [{name: complete for name, (complete, _) in halves.items()}]

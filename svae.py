@@ -168,8 +168,8 @@ class SVAE(nn.Module):
     def posteriors(self, x, complete):
         """{n: (mean, log-variance)}, (F, B, D) each, of the forms of q(z|x_S) for all subsets S of
         n modalities: of one modality for every row of x, of more for the first `complete`."""
-        pairs = [(k, f) for k, f in self.experts_of_all if f in x]
-        mu, logvar = self.experts(x, pairs)
+        mu, logvar = self.experts(x, [(k, f) for k, f in self.experts_of_all if f in x])
+        # One modality f alone has the product over k of all that it supplies.
         q = {1: product_of_gaussians(*(t.unflatten(0, (-1, len(x))) for t in (mu, logvar)))}
         if complete:
             mu, logvar = mu[:, :complete], logvar[:, :complete]
