@@ -168,8 +168,8 @@ class VAEVAE(nn.Module):
         mu, logvar = self.experts(x)
         q = {1: (mu, logvar)}
         if complete and self.joint == "network":
-            tuples = {name: t[:complete] for name, t in x.items()}
-            larger = bounded(*self.joint_networks(tuples, self.larger).chunk(2, -1))
+            x = {name: t[:complete] for name, t in x.items()}
+            larger = bounded(*self.joint_networks(x, self.larger).chunk(2, -1))
         elif complete:
             larger = product_of_gaussians(mu[:, :complete], logvar[:, :complete], self.masks)
         if complete:
@@ -219,9 +219,8 @@ class VAEVAE(nn.Module):
         # The example that a term is of: those of a modality alone come after the tuples.
         behind = alone * torch.arange(len(names), device=device)[:, None]
         examples = rows | {1: rows[1] + torch.where(rows[1] < B, 0, behind)}
-        if observed is None:
-            observed = torch.ones(B, len(names), dtype=torch.bool, device=device)
-        n_observed = nn.functional.pad(observed.sum(1), (0, alone * len(names)), value=1)
+        tuples = torch.arange(B + alone * len(names), device=device) < B
+        n_observed = observed.sum(1) if masked else torch.where(tuples, len(names), 1)
 
         z, weights, given_all, total_kl = {}, {}, {}, 0.0
         value = torch.zeros(len(n_observed), device=device)
@@ -260,7 +259,8 @@ class VAEVAE(nn.Module):
             weighted = m.weight * having(m.name, weights) * log_p
             value = value.index_add(0, having(m.name, examples), weighted)
             total = (having(m.name, given_all) * log_p).sum().detach()
-            terms[f"log_px/{m.name}"] = total / (observed[:, i].sum() + alone).clamp(min=1)
+            seen = observed[:, i].sum().clamp(min=1) if masked else n_rows
+            terms[f"log_px/{m.name}"] = total / seen
         return value, terms
 
     def streams(self, x):

@@ -135,9 +135,12 @@ for script in mvae mopoe; do
 done
 run_with "--importance-samples 12" mnist-svhn-text-12__mopoe__0 mopoe --dataset mnist-svhn-text \
     --epochs 40 --amp
-run mnist-svhn-text__vaevae__0 vaevae --dataset mnist-svhn-text --joint poe --expectation stratified \
-    --epochs 10 --amp
-run mnist-svhn-text__svae__0 svae --dataset mnist-svhn-text --expectation stratified --epochs 10 --amp
+for seed in 0 1 2; do
+    run "mnist-svhn-text__vaevae__$seed" vaevae --dataset mnist-svhn-text --seed "$seed" --joint poe \
+        --expectation stratified --epochs 10 --amp
+    run "mnist-svhn-text__svae__$seed" svae --dataset mnist-svhn-text --seed "$seed" \
+        --expectation stratified --epochs 10 --amp
+done
 table_7="--dataset mnist-svhn-text --beta 2.5 --epochs 10 --amp"
 run mnist-svhn-text-objective__mopoe__0__stratified mopoe $table_7
 run mnist-svhn-text-objective__mopoe__0__all mopoe $table_7 --expectation all
