@@ -7,7 +7,7 @@ have M² encoders: e_k^f(z|x_f) is expert k as computed from modality f. With tw
 
     q(z|x1,x2) ∝ q1(z|x1) q2(z|x2),  q(z|x1) ∝ q1(z|x1) q2*(z|x1),  q(z|x2) ∝ q2(z|x2) q1*(z|x2).
 
-    python svae.py                                     polydigits, some 20 minutes on one CPU core
+    python svae.py                                     polydigits, some 15 minutes on one CPU core
     python svae.py --dataset polymnist --beta 2.5      β and D of Sutter et al. 2021
     torchrun --nproc-per-node 8 svae.py ...            several GPUs
 
