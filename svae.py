@@ -169,7 +169,7 @@ class SVAE(nn.Module):
         """{n: (mean, log-variance)}, (F, B, D) each, of the forms of q(z|x_S) for all subsets S of
         n modalities: of one modality for every row of x, of more for the first `complete`."""
         mu, logvar = self.experts(x, [(k, f) for k, f in self.experts_of_all if f in x])
-        # One modality f alone has the product over k of all that it supplies.
+        # Eq. (4), (5), (D.36): one modality f alone has the product over k of what it supplies.
         q = {1: product_of_gaussians(*(t.unflatten(0, (-1, len(x))) for t in (mu, logvar)))}
         if complete:
             mu, logvar = mu[:, :complete], logvar[:, :complete]
