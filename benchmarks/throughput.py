@@ -269,8 +269,9 @@ class Contender:
         RUNNING.append(self.process)
 
     def ask(self, repeat):
-        """Begin `repeat` steps."""
-        print(repeat, file=self.process.stdin, flush=True)
+        """Begin `repeat` steps; of one that has ended, `answer` says so."""
+        with contextlib.suppress(BrokenPipeError):
+            print(repeat, file=self.process.stdin, flush=True)
 
     def answer(self):
         """Seconds a step, over the steps that were asked for."""

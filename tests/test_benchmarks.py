@@ -94,6 +94,8 @@ def test_a_contender_that_dies_ends_the_others(throughput):
     with pytest.raises(SystemExit, match="--contender none float32: ended early"):
         dies.seconds(1)
     assert waits.process.wait(timeout=60) != 0
+    with pytest.raises(SystemExit, match="--contender mopoe float32: ended early"):
+        waits.seconds(1)  # as it waited, its pipe is broken
 
 
 def test_the_evaluations_parts_are_measured(tmp_path, monkeypatch):
