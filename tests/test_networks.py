@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import common
 from common import NETWORKS, Modality, UserError
@@ -197,6 +198,31 @@ def test_a_residual_layer_weighs_its_branches():
     torch.testing.assert_close(net(x), 2 * net.f(x) + 0.3 * net.g(x))
 
 
+@pytest.mark.parametrize("n", [1, 2])
+def test_transposed_convolutions_in_bfloat16_add_their_bias_apart(n, monkeypatch):
+    torch.manual_seed(0)
+    name, geometry = f"conv_transpose{n}d", dict(stride=2, padding=1, output_padding=1)
+    ours = (common.Transposed1d, common.Transposed2d)[n - 1](4, 2, 3, **geometry)
+    plain = (torch.nn.ConvTranspose1d, torch.nn.ConvTranspose2d)[n - 1](4, 2, 3, **geometry)
+    plain.load_state_dict(ours.state_dict())
+    x, convolve, biases = torch.randn(3, 4, *[5] * n), getattr(F, name), []
+    expected = plain(x)
+    assert torch.equal(ours(x), expected)  # in float32 to the last digit
+
+    def watched(x, weight, bias, *rest):
+        biases.append(bias)
+        return convolve(x, weight, bias, *rest)
+
+    monkeypatch.setattr(F, name, watched)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = ours(x)
+    assert biases == [None] and found.dtype == torch.bfloat16
+    # Three roundings to eight bits: of x, of the weights and of the sum, and one of the bias.
+    assert (found - expected).norm() < 4 * 2**-9 * expected.norm()
+    found.sum().backward()
+    assert ours.bias.grad.tolist() == [expected[:, 0].numel()] * 2
+
+
 def test_symbols_may_fill_a_plane():
     m = Modality("x", (8, 9), "categorical", network="conv", categories=5)
     assert common.encoder(m, 6)(torch.randint(5, (2, 8, 9))).shape == (2, 6)
@@ -217,7 +243,7 @@ def test_a_family_with_a_norm_has_it_between_the_layers_only():
     m = Modality("x", (1, 50, 50), network="dcgan-50")
     assert kinds(common.encoder(m, 8))[:5] == ["Conv2d", "SiLU", "Conv2d", "GroupNorm", "SiLU"]
     back = kinds(common.decoder(m, 8))
-    assert back[-4:] == ["ConvTranspose2d", "GroupNorm", "SiLU", "ConvTranspose2d"]
+    assert back[-4:] == ["Transposed2d", "GroupNorm", "SiLU", "Transposed2d"]
     m = Modality("x", (1, 28, 28), network="dcgan-28")  # whose released code has none
     assert "GroupNorm" not in kinds(common.encoder(m, 8)) + kinds(common.decoder(m, 8))
 
