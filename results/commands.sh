@@ -219,14 +219,16 @@ run_with "--importance-samples 1000" mnist-label__mvae__0 mvae --dataset mnist-l
     --anneal-epochs 40
 
 # The peer is there after `pip install multivae==1.0.3`, which may change other packages' versions.
-python benchmarks/throughput.py --methods mopoe mvae mmvae-k1 mmvae-k10 svae svae-stratified vaevae \
-    vaevae-poe vaevae-poe-stratified --modes float32 bf16 --windows 7 --seconds 2 \
-    --json results/throughput_cpu.json
-python benchmarks/throughput.py --methods mmvae-k10 --modes float32 bf16 --windows 7 --seconds 2 \
-    --json results/throughput_k10_cpu.json
+python benchmarks/throughput.py --methods mopoe mvae mmvae-k1 svae svae-stratified vaevae vaevae-poe \
+    vaevae-poe-stratified --modes float32 bf16 --windows 7 --seconds 2 --json results/throughput_epyc.json
+# K = 10 in both precisions, and the peer, do not fit into 24 GB together.
+python benchmarks/throughput.py --methods mmvae-k10 --modes float32 --windows 7 --seconds 2 \
+    --json results/throughput_k10_epyc.json
+python benchmarks/throughput.py --methods mmvae-k10 --modes bf16 --windows 7 --seconds 2 \
+    --json results/throughput_k10_bf16_epyc.json
 python benchmarks/evaluation.py --modes bf16 --json results/evaluation_cpu.json
-# throughput_epyc.json, of another machine, says its command, but for --json and for --methods mopoe mvae
-# mmvae-k1 mmvae-k10 svae vaevae, which were all there were.
+# throughput_xeon.json and throughput_k10_xeon.json, of another machine and older code, say their commands, but
+# for --json.
 
 # On a GPU, the first two with nothing beside them:
 unset CUDA_VISIBLE_DEVICES
