@@ -1026,8 +1026,8 @@ class Words(nn.Embedding):
 
 
 class BiasApart:
-    """A transposed convolution that on a CPU in bfloat16 adds its bias apart: with it oneDNN takes,
-    on some sizes, up to eight times as long, and up to twice as long for the gradients."""
+    """Makes a transposed convolution add its bias apart on a CPU in bfloat16: with it PyTorch 2.14
+    takes, on some sizes, up to eight times as long, and more than twice for the gradients."""
 
     def forward(self, x):
         if self.bias is None or not torch.is_autocast_enabled("cpu"):

@@ -1,6 +1,6 @@
 """Training throughput and peak memory, ours and a peer library's, same data, networks and batch.
 
-    python benchmarks/throughput.py --json results/throughput_cpu.json
+    python benchmarks/throughput.py --json throughput.json
 
 The contenders of a method, a process each, take whole steps (batch, forward, backward, Adam) in
 turn, in windows of a few seconds, so that a machine's drift falls on all alike; the medians of the

@@ -479,7 +479,7 @@ def test_the_table_of_speed_is_that_of_results():
         (row,) = re.findall(rf"^\| {re.escape(name)} \| [\d,]+ M \|.*$", README, re.MULTILINE)
         cells = row.removesuffix(" |").split(" | ")
         assert cells[1] == f"{method['operations_per_tuple'] / 1e6:,.0f} M"
-        rates = [f"{c['tuples_per_second']:.0f}" for c in (ours, half)]
+        rates = [f"{c['tuples_per_second']:,.0f}" for c in (ours, half)]
         assert cells[2] == f"{rates[0]} ({rates[1]})"
         memory = f"{ours['peak_memory_gb']:.1f} GB ({half['peak_memory_gb']:.1f})"
         assert cells[6] == memory
